@@ -1,0 +1,115 @@
+"""`HostPool`: where host functions run, so that ``exec`` can return at the wall limit even if one never does."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextvars
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+from .handles import CallReturned, HostCall, Outcome, failure, run_call
+
+__all__ = ("HostPool",)
+
+#: Host functions of one session running at once; more wait. A batch of 32 model calls must not queue.
+MAX_THREADS: Final = 64
+#: An idle thread ends after this many seconds.
+IDLE_SECONDS: Final = 5.0
+
+
+class HostPool:
+    """Daemon threads started on demand, and one event loop for ``async def`` functions.
+
+    `concurrent.futures` is not used because its threads are joined when the process ends: one host function that
+    never returns would hold up the exit of the whole program.
+    """
+
+    def __init__(self, max_threads: int = MAX_THREADS) -> None:
+        self._max_threads = max_threads
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._queue: collections.deque[tuple[contextvars.Context, HostCall, Callable[[Outcome], None]]] = collections.deque()
+        self._threads = 0
+        self._idle = 0
+        self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def submit(self, call: HostCall, on_done: Callable[[Outcome], None]) -> None:
+        """Start ``call``; ``on_done`` gets its outcome on a pool thread, once. After `close` nothing is started."""
+        context = contextvars.copy_context()
+        if call.is_async:
+            self._submit_async(context, call, on_done)
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._queue.append((context, call, on_done))
+            if self._idle >= len(self._queue) or self._threads >= self._max_threads:
+                self._work.notify()
+                return
+            self._threads += 1
+        threading.Thread(target=self._run, name="rlm-sandbox-host-call", daemon=True).start()
+
+    def close(self) -> None:
+        """Let idle threads end and start nothing more. Running functions are left to themselves."""
+        with self._lock:
+            self._closed = True
+            self._queue.clear()
+            self._work.notify_all()
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.call_soon_threadsafe(loop.stop)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+                while not self._queue and not self._closed:
+                    if not self._work.wait(IDLE_SECONDS) and not self._queue:
+                        break
+                self._idle -= 1
+                if not self._queue:
+                    self._threads -= 1
+                    return
+                context, call, on_done = self._queue.popleft()
+            on_done(context.run(run_call, call))
+
+    def _submit_async(self, context: contextvars.Context, call: HostCall, on_done: Callable[[Outcome], None]) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_run_loop, args=(self._loop,), name="rlm-sandbox-host-loop", daemon=True).start()
+            loop = self._loop
+
+        async def run() -> None:
+            try:
+                outcome: Outcome = CallReturned(await call.function(*call.args, **call.kwargs))
+            except BaseException as exc:  # noqa: BLE001 - whatever a host function raises is its outcome
+                outcome = failure(call, exc)
+            on_done(outcome)
+
+        def start() -> None:
+            task = loop.create_task(run(), context=context)
+            _RUNNING.add(task)
+            task.add_done_callback(_RUNNING.discard)
+
+        loop.call_soon_threadsafe(start)
+
+
+#: The event loop holds only weak references to tasks.
+_RUNNING: Final[set[asyncio.Task[Any]]] = set()
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()

@@ -1,0 +1,215 @@
+"""Backends by name, imported when opened. The only place that knows which backends exist."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from .errors import BackendUnavailable, UnsupportedLimit
+from .limits import Limits
+from .options import BackendOptions, JailOptions, MontyOptions
+from .protocol import Capabilities, Grade, REPLProtocol
+
+__all__ = ("AUTO_ORDER", "Availability", "Backend", "SessionConfig", "available", "backend_names", "load_backend", "open_repl")
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a backend works here. ``reason`` and ``remedy`` are empty when it does."""
+
+    usable: bool
+    reason: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionConfig:
+    """Everything `open_repl` was asked for, checked; what a backend opens a session from."""
+
+    limits: Limits = field(default_factory=Limits)
+    setup: str = ""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
+    recovery: bool = True
+    options: BackendOptions | None = None
+
+
+class Backend(Protocol):
+    """What a backend module offers the registry, as its module-level ``BACKEND``."""
+
+    def probe(self) -> Availability:
+        """Try the mechanism itself, cheaply; never raise, never leave anything behind."""
+
+    def capabilities(self, config: SessionConfig) -> Capabilities:
+        """What a session opened with ``config`` would enforce. Called after a successful `probe`."""
+
+    def open(self, config: SessionConfig) -> REPLProtocol:
+        """Open a session. Raises `BackendUnavailable` if a layer is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    module: str
+    options: type[BackendOptions]
+    requires: str
+    """The package whose absence makes the import fail, for the remedy; empty if none."""
+    remedy: str
+
+
+# In alphabetical order, which a test checks.
+_BACKENDS: Final[dict[str, _Entry]] = {
+    "jail": _Entry("rlm_sandbox.backends.jail", JailOptions, "", "use Linux 5.14 or newer, or another backend"),
+    "monty": _Entry("rlm_sandbox.backends.monty", MontyOptions, "pydantic_monty", "run: pip install 'rlm-sandbox[monty]'"),
+}
+
+#: What ``auto`` tries, in this order. ``restricted`` is never here: it is no isolation.
+AUTO_ORDER: Final = ("jail",)
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names `open_repl` accepts, besides ``auto``."""
+    return tuple(_BACKENDS)
+
+
+def load_backend(name: str) -> Backend:
+    """Import a backend's module.
+
+    Raises:
+        ValueError: there is no such backend.
+        BackendUnavailable: a package it needs is not installed.
+    """
+    entry = _BACKENDS.get(name)
+    if entry is None:
+        raise ValueError(f"unknown backend {name!r}; choose from auto, {', '.join(_BACKENDS)}")
+    try:
+        module = importlib.import_module(entry.module)
+    except ImportError as exc:
+        missing = (exc.name or "").partition(".")[0]
+        if entry.requires and missing == entry.requires:
+            raise BackendUnavailable(name, f"the package {missing} is not installed", entry.remedy) from exc
+        raise
+    backend: Backend = module.BACKEND
+    return backend
+
+
+def _probe(name: str) -> Availability:
+    try:
+        return load_backend(name).probe()
+    except BackendUnavailable as exc:
+        return Availability(False, exc.reason, exc.remedy)
+
+
+def available() -> dict[str, Availability]:
+    """Every backend and whether it works here, found by trying it."""
+    return {name: _probe(name) for name in _BACKENDS}
+
+
+def _check_grades(capabilities: Capabilities, limits: Limits, accept: Grade, trusted: bool) -> None:
+    asked = [
+        name
+        for name in (
+            "time_seconds", "wall_seconds", "output_bytes", "host_calls", "value_bytes",
+            "memory_mb", "processes", "disk_mb", "session_seconds", "network",
+        )
+        if getattr(limits, name) is not None
+    ]  # fmt: skip
+    below_accept = [name for name in asked if capabilities.grade(name) < accept]
+    if below_accept:
+        listed = ", ".join(f"{name} ({capabilities.grade(name).name})" for name in below_accept)
+        raise UnsupportedLimit(
+            f"backend {capabilities.backend!r} does not enforce {listed} at grade {accept.name}; choose another backend, "
+            f"say None for the limit, or accept a lower grade with accept=Grade.COOPERATIVE, trusted=True"
+        )
+    below_hard = [name for name in (*asked, "crash", "interrupt") if capabilities.grade(name) < Grade.HARD]
+    if below_hard and not trusted:
+        listed = ", ".join(f"{name} ({capabilities.grade(name).name})" for name in below_hard)
+        raise UnsupportedLimit(
+            f"backend {capabilities.backend!r} does not enforce {listed} from outside the guest; "
+            f"say trusted=True if the code that runs in it is trusted, or choose another backend"
+        )
+
+
+def _checked_config(
+    limits: Limits, setup: str, files: Mapping[str, Any] | tuple[()], packages: tuple[str, ...], recovery: bool, options: Any
+) -> SessionConfig:
+    if not isinstance(limits, Limits):
+        raise TypeError(f"limits must be a Limits, not {type(limits).__name__}")
+    if not isinstance(setup, str):
+        raise TypeError(f"setup must be source code as a str, not {type(setup).__name__}")
+    if isinstance(packages, str):
+        raise TypeError(f"packages takes a tuple of names, not one string; write ({packages!r},)")
+    if options is not None and not isinstance(options, BackendOptions):
+        raise TypeError(f"options must be a backend's options object such as JailOptions(), not {type(options).__name__}")
+    return SessionConfig(
+        limits=limits,
+        setup=setup,
+        files={str(name): Path(path) for name, path in dict(files).items()},
+        packages=tuple(packages),
+        recovery=bool(recovery),
+        options=options,
+    )
+
+
+def _resolve(name: str, options: BackendOptions | None) -> tuple[str, Backend]:
+    if name != "auto":
+        backend = load_backend(name)
+        wanted = _BACKENDS[name].options
+        if options is not None and type(options) is not wanted:
+            raise TypeError(f"backend {name!r} takes {wanted.__name__}, not {type(options).__name__}")
+        found = backend.probe()
+        if not found.usable:
+            raise BackendUnavailable(name, found.reason, found.remedy)
+        return name, backend
+    reasons = []
+    for candidate in AUTO_ORDER:
+        if options is not None and type(options) is not _BACKENDS[candidate].options:
+            continue
+        found = _probe(candidate)
+        if found.usable:
+            return candidate, load_backend(candidate)
+        reasons.append(f"{candidate}: {found.reason} ({found.remedy})")
+    raise BackendUnavailable("auto", "; ".join(reasons) or "no backend takes these options", "run: rlm-sandbox doctor")
+
+
+def open_repl(
+    name: str = "auto",
+    *,
+    limits: Limits | None = None,
+    accept: Grade = Grade.HARD,
+    trusted: bool = False,
+    setup: str = "",
+    files: Mapping[str, Any] | tuple[()] = (),
+    packages: tuple[str, ...] = (),
+    recovery: bool = True,
+    options: BackendOptions | None = None,
+) -> REPLProtocol:
+    """Open a sandboxed Python REPL.
+
+    Args:
+        name: a backend's name, or ``auto``: the best isolation this machine has.
+        limits: what the session may use; the default is finite in every field.
+        accept: the lowest grade of enforcement the caller accepts for the limits asked for.
+        trusted: the code in the cells is trusted. Needed below ``Grade.HARD``, in so many words.
+        setup: source run in the guest at the start and again after every reset; an error in it is a `GuestError`.
+        files: name to host path, read-only in the guest, where the backend has the capability.
+        packages: names of host packages importable in the guest, where the backend has the capability.
+        recovery: keep a recovery point, so that a killed cell costs only itself.
+        options: the backend's typed options.
+
+    Raises:
+        BackendUnavailable: with the remedy.
+        UnsupportedLimit: a limit cannot be enforced at the accepted grade.
+        TypeError, ValueError: an argument is wrong.
+    """
+    config = _checked_config(limits if limits is not None else Limits(), setup, files, packages, recovery, options)
+    chosen, backend = _resolve(name, config.options)
+    capabilities = backend.capabilities(config)
+    _check_grades(capabilities, config.limits, Grade(accept), trusted)
+    if config.packages and not capabilities.packages:
+        raise ValueError(f"backend {chosen!r} cannot make host packages importable; leave packages=() or choose another backend")
+    if config.files and not capabilities.files:
+        raise ValueError(f"backend {chosen!r} cannot mount input files; leave files=() or choose another backend")
+    return backend.open(config)

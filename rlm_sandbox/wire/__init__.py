@@ -1,0 +1,4 @@
+"""What host and guest say to each other: values (`codec`), messages (`messages`), frames on a stream (`frames`).
+
+Standard library only and relative imports only: this package is bundled into every framed guest.
+"""

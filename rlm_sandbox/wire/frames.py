@@ -1,0 +1,177 @@
+"""Frames on a byte stream: a JSON header and raw attachments, every length checked before anything is allocated.
+
+Layout, little-endian: magic ``u16``, protocol version ``u8``, flags ``u8`` (0), header length ``u32``, attachment
+count ``u32``; then per attachment a kind ``u8`` (0 bytes, 1 text as UTF-8 with surrogatepass) and a length ``u64``;
+then the header, then the attachments.
+
+`FrameReader` is a parser without input: it says how many bytes it wants next, and its owner reads them. So the same
+parser serves a blocking guest, a polling host and a fuzzer, and a peer that sends one byte a second blocks nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+from .codec import MAX_ATTACHMENTS, Attachment, WireError
+
+#: Raised by one when an older peer could misread a newer one.
+PROTOCOL_VERSION: Final = 1
+MAGIC: Final = 0x4C52
+#: A JSON header's largest size. With `codec.MAX_ELEMENTS` it bounds what parsing can allocate.
+MAX_HEADER_BYTES: Final = 16 * 1024 * 1024
+#: Brackets, commas and colons in a header: an upper bound of the objects that parsing it makes, checked before.
+MAX_HEADER_TOKENS: Final = 2_100_000
+
+_PREFIX: Final = struct.Struct("<HBBII")
+_ENTRY: Final = struct.Struct("<BQ")
+_KINDS: Final = {0: "bytes", 1: "str"}
+
+
+class FrameTooLarge(WireError):
+    """A frame announces more than the cap. Nothing was allocated."""
+
+
+class FrameTruncated(WireError):
+    """The stream ended inside a frame."""
+
+
+def dump_frame(header: Any, attachments: list[Attachment], *, max_bytes: int) -> list[bytes]:
+    """The frame as a list of buffers to write in order.
+
+    Raises:
+        FrameTooLarge: it is larger than ``max_bytes``; nothing was written, the stream stays in step.
+        WireError: the header has lone surrogates outside an attachment.
+    """
+    try:
+        head = json.dumps(header, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+    except UnicodeEncodeError:
+        raise WireError("a header has text that is not valid Unicode") from None
+    raw = [part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass") for part in attachments]
+    if len(head) > MAX_HEADER_BYTES or len(raw) > MAX_ATTACHMENTS:
+        raise FrameTooLarge("the frame's header is larger than the protocol allows")
+    if len(head) + sum(map(len, raw)) > max_bytes:
+        raise FrameTooLarge(f"the frame is larger than {max_bytes} bytes")
+    table = b"".join(_ENTRY.pack(isinstance(part, str), len(data)) for part, data in zip(attachments, raw, strict=True))
+    return [_PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(head), len(raw)) + table + head, *raw]
+
+
+class FrameReader:
+    """Parses frames from bytes fed to it. One instance per stream; after an error the stream is dead."""
+
+    def __init__(self, *, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._stage = 0
+        self._buffer = bytearray()
+        self._want = _PREFIX.size
+        self._head_length = 0
+        self._entries_wanted = 0
+        self._entries: list[tuple[int, int]] = []
+        self._parts: list[bytes] = []
+
+    @property
+    def wanted(self) -> int:
+        """How many more bytes the present stage needs; always above 0. Feed at most this many."""
+        return self._want - len(self._buffer)
+
+    @property
+    def mid_frame(self) -> bool:
+        """True if a frame has begun and not ended."""
+        return self._stage > 0 or bool(self._buffer)
+
+    def feed(self, data: bytes | memoryview) -> tuple[Any, list[Attachment]] | None:
+        """Take bytes; return ``(header, attachments)`` when they complete a frame.
+
+        Raises:
+            WireError: the bytes are not a frame this version reads, or announce more than the caps.
+        """
+        self._buffer += data
+        while len(self._buffer) >= self._want:
+            chunk = bytes(self._buffer)
+            self._buffer = bytearray()
+            if len(chunk) > self._want:
+                raise WireError("more bytes were fed than were wanted")
+            done = self._advance(chunk)
+            if done is not None:
+                return done
+        return None
+
+    def _advance(self, chunk: bytes) -> tuple[Any, list[Attachment]] | None:
+        if self._stage == 0:
+            self._start(chunk)
+        elif self._stage == 1:
+            self._table(chunk)
+        else:
+            self._parts.append(chunk)
+        self._stage += 1
+        while True:
+            if self._stage == 1:
+                if self._entries_wanted:
+                    self._want = self._entries_wanted * _ENTRY.size
+                    return None
+                self._stage = 2
+            index = self._stage - 2
+            if index > len(self._entries):
+                return self._finish()
+            self._want = self._head_length if index == 0 else self._entries[index - 1][1]
+            if self._want:
+                return None
+            self._parts.append(b"")
+            self._stage += 1
+
+    def _start(self, chunk: bytes) -> None:
+        magic, version, flags, head_length, count = _PREFIX.unpack(chunk)
+        if magic != MAGIC or flags:
+            raise WireError("the bytes are not a frame")
+        if version != PROTOCOL_VERSION:
+            raise WireError(f"the peer speaks protocol version {version}, this side {PROTOCOL_VERSION}; rebuild the older one")
+        if head_length > MAX_HEADER_BYTES or head_length > self._max_bytes or count > MAX_ATTACHMENTS:
+            raise FrameTooLarge("a frame announces more than the protocol allows")
+        self._head_length = head_length
+        self._entries_wanted = count
+        self._entries = []
+        self._parts = []
+
+    def _table(self, chunk: bytes) -> None:
+        self._entries = list(_ENTRY.iter_unpack(chunk))
+        if any(kind not in _KINDS for kind, _ in self._entries):
+            raise WireError("a frame has an attachment of an unknown kind")
+        if self._head_length + sum(length for _, length in self._entries) > self._max_bytes:
+            raise FrameTooLarge("a frame announces more than the cap")
+
+    def _finish(self) -> tuple[Any, list[Attachment]]:
+        head, *raw = self._parts
+        self._stage, self._want, self._parts = 0, _PREFIX.size, []
+        tokens = head.count(b",") + head.count(b"[") + head.count(b"{")
+        if tokens > MAX_HEADER_TOKENS:
+            raise FrameTooLarge("a frame's header has more elements than the protocol allows")
+        try:
+            header = json.loads(head.decode("utf-8"), parse_constant=_no_constant, parse_int=_int_parser())
+        except (ValueError, RecursionError):
+            raise WireError("a frame's header is not valid JSON") from None
+        attachments: list[Attachment] = []
+        for (kind, _), data in zip(self._entries, raw, strict=True):
+            try:
+                attachments.append(data if kind == 0 else data.decode("utf-8", "surrogatepass"))
+            except UnicodeDecodeError:
+                raise WireError("a text attachment is not valid UTF-8") from None
+        return header, attachments
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError("NaN and infinities are not allowed in a header")
+
+
+def _int_parser() -> Callable[[str], int] | None:
+    # By default int() itself refuses texts over 4,300 digits; a process that switched that off gets our own bound,
+    # because int-from-text is quadratic. Integers that large travel as tagged hex.
+    return None if 0 < sys.get_int_max_str_digits() <= 10_000 else _short_int
+
+
+def _short_int(text: str) -> int:
+    if len(text) > 17:
+        raise ValueError("an integer is too long")
+    return int(text)

@@ -1,0 +1,274 @@
+"""The messages of a session and the turn rules.
+
+Strict turns: the host sends one *request*; the guest answers with any number of `Output` events and then exactly one
+turn-ending event: `Done`, or `Suspend`: new host calls, each with an id. A suspended turn goes on with a `Resume` that answers
+one or more outstanding calls (none, if the guest asked to be woken). Nothing may be sent out of turn: a guest that does is
+killed. What the guest *prints* does not travel here on backends that capture its descriptors.
+
+Values inside messages are trees of `codec`. A message is a JSON array: its name, then its fields in order. `SCHEMA` is
+that list of fields; a test holds a snapshot of it, because any change asks one question: could an older peer misread this?
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Final, TypeVar
+
+from .codec import WireError
+
+__all__ = (
+    "Answer", "BindObject", "BindText", "Call", "Configure", "Done", "Exec", "Failure", "Forget", "Get", "Hello", "Message", "Names",
+    "Output", "Protect", "Resume", "SCHEMA", "SetValue", "Suspend", "dump_message", "load_message",
+)  # fmt: skip
+
+#: Texts of an error that cross in a header; longer ones are cut by the sender and refused by the receiver.
+MAX_ERROR_CHARS: Final = 20_000
+MAX_NAME_CHARS: Final = 200
+MAX_CALLS_PER_SUSPENSION: Final = 1_024
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Base of all messages. ``op`` is its name on the wire."""
+
+    op: ClassVar[str] = ""
+
+
+# ---- requests: host to guest
+
+
+@dataclass(frozen=True, slots=True)
+class Configure(Message):
+    """First request of a session: the guest-side share of the limits, and the source to run first."""
+
+    op = "configure"
+    output_bytes: int | None
+    value_bytes: int | None
+    setup: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exec(Message):
+    """Run a cell. ``number`` names it ``<cell N>``; ``read`` are names whose values come back in the same turn."""
+
+    op = "exec"
+    number: int
+    code: str
+    read: list[str]
+    output_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Get(Message):
+    """Answer with the value of one name."""
+
+    op = "get"
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetValue(Message):
+    """Give a name a plain value. ``tree`` is a codec tree."""
+
+    op = "set"
+    name: str
+    tree: Any
+
+
+@dataclass(frozen=True, slots=True)
+class BindObject(Message):
+    """Put a proxy under a name. ``kind``: ``function``, ``async`` or ``object``; the allow-list only shapes the proxy."""
+
+    op = "bind"
+    name: str
+    handle: int
+    kind: str
+    type_name: str
+    methods: list[str]
+    attributes: list[str]
+    operators: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class BindText(Message):
+    """Map a context whose descriptor travels beside this frame. ``spans`` are document bounds, two numbers each.
+
+    ``whole``: put the text itself under the name, not a context. ``meta`` is a codec tree.
+    """
+
+    op = "bind_text"
+    name: str
+    whole: bool
+    chars: int
+    width: int
+    ascii_only: bool
+    spans: str | bytes
+    meta: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Names(Message):
+    """Answer with the session's variables: name to summary."""
+
+    op = "names"
+
+
+@dataclass(frozen=True, slots=True)
+class Protect(Message):
+    """Make a standby now. Sent only after the supervisor holds a ticket; answered through the supervisor."""
+
+    op = "protect"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a host call came to: ``value`` is a codec tree, or ``error`` a (type name, message) pair."""
+
+    call: int
+    value: Any
+    error: list[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Resume(Message):
+    """Answers to outstanding calls; each is ``[call id, value tree, null or [type, message]]``."""
+
+    op = "resume"
+    answers: list[list[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Forget(Message):
+    """No more calls will be answered in this cell: outstanding ones fail. Continues a suspended turn."""
+
+    op = "forget"
+    reason: str
+
+
+# ---- events: guest to host
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """First event on a channel, before any request: the guest's protocol version and generation number."""
+
+    op = "hello"
+    version: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output(Message):
+    """Text printed, on backends whose guest has no descriptors of its own. ``text`` is a codec tree."""
+
+    op = "output"
+    stream: str
+    text: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A guest exception: its type's name, message and traceback. The guest's own words."""
+
+    type_name: str
+    message: str
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Message):
+    """The request ended. ``value`` is a codec tree (for ``exec`` the echo, a text or null), ``read`` a codec tree of a dict.
+
+    ``failure`` is null or ``[type name, message, traceback]``. ``unknown`` is true if ``get`` found no such name.
+    """
+
+    op = "done"
+    value: Any
+    read: Any
+    failure: list[str] | None
+    unknown: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One host call: ``method`` is null to call the handle itself, a method name, ``.attribute`` or ``#operator``."""
+
+    call: int
+    handle: int
+    method: str | None
+    args: Any
+    kwargs: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Suspend(Message):
+    """Host calls, each ``[id, handle, method, args tree, kwargs tree]``. Empty only while others are outstanding.
+
+    ``wake_seconds``: resume after this long even without an answer (a guest timer is due), or null.
+    """
+
+    op = "suspend"
+    calls: list[list[Any]]
+    wake_seconds: float | None
+
+
+_MESSAGES: Final[dict[str, type[Message]]] = {
+    cls.op: cls
+    for cls in (Configure, Exec, Get, SetValue, BindObject, BindText, Names, Protect, Resume, Forget, Hello, Output, Done, Suspend)
+}
+
+#: Message name to its fields with their types, as text: the snapshot a test guards.
+SCHEMA: Final[dict[str, list[str]]] = {
+    op: [f"{field.name}: {field.type}" for field in fields(cls)] for op, cls in _MESSAGES.items()
+}
+
+_CHECKS: Final[dict[str, tuple[type, ...]]] = {
+    "int": (int,),
+    "str": (str,),
+    "bool": (bool,),
+    "int | None": (int, type(None)),
+    "str | None": (str, type(None)),
+    "float | None": (float, int, type(None)),
+    "list[str]": (list,),
+    "list[str] | None": (list, type(None)),
+    "list[list[Any]]": (list,),
+    "str | bytes": (list,),
+}
+
+_M = TypeVar("_M", bound=Message)
+
+
+def dump_message(message: Message) -> list[Any]:
+    """The JSON header of a message."""
+    return [message.op, *(getattr(message, field.name) for field in fields(message))]
+
+
+def load_message(header: Any, expected: tuple[type[_M], ...]) -> _M:
+    """The message of a decoded header, if it is one of ``expected``.
+
+    Raises:
+        WireError: it is not a well-formed message, or not one that may come now.
+    """
+    if type(header) is not list or not header or type(header[0]) is not str:
+        raise WireError("a frame's header is not a message")
+    cls = _MESSAGES.get(header[0])
+    if cls is None or not issubclass(cls, expected):
+        raise WireError("a message came that may not come now")
+    specification = fields(cls)
+    if len(header) != len(specification) + 1:
+        raise WireError("a message has the wrong number of fields")
+    for field, value in zip(specification, header[1:], strict=True):
+        _check_field(str(field.type), value)
+    return cls(*header[1:])
+
+
+def _check_field(kind: str, value: Any) -> None:
+    allowed = _CHECKS.get(kind)
+    if allowed is None:
+        return  # a codec tree: its decoder checks it
+    if type(value) not in allowed:
+        raise WireError("a message has a field of the wrong type")
+    if type(value) is list and kind.startswith("list[str]") and not all(type(item) is str for item in value):
+        raise WireError("a message has a field of the wrong type")
+    if type(value) is list and kind == "list[list[Any]]" and not all(type(item) is list for item in value):
+        raise WireError("a message has a field of the wrong type")
