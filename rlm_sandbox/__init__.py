@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapters import FakeAdapter, OpenAIAdapter
 from .binding import Exposed, expose
 from .context import Context
 from .errors import (
@@ -19,37 +20,50 @@ from .errors import (
 )
 from .limits import Limits
 from .options import BackendOptions, JailOptions, MontyOptions
+from .orchestrator import RLM, AdapterError, Completion, LLMAdapter, Policy, PolicyExceeded, TokenUsage, Trace
 from .protocol import Capabilities, Feature, Grade, REPLProtocol, SupportsCheckpoint, SupportsFork, SupportsReadFile
 from .registry import available, backend_names, open_repl
 from .results import ExecResult, LimitHit, Opaque, OutputChunk, Usage
+from .trajectory import JsonlWriter
 
 __all__ = (
+    "AdapterError",
     "BackendOptions",
     "BackendUnavailable",
     "Capabilities",
+    "Completion",
     "Context",
     "ExecResult",
     "Exposed",
+    "FakeAdapter",
     "Feature",
     "Grade",
     "GuestCrashed",
     "GuestError",
     "JailOptions",
+    "JsonlWriter",
+    "LLMAdapter",
     "LimitExceeded",
     "LimitHit",
     "Limits",
     "MontyOptions",
     "Opaque",
+    "OpenAIAdapter",
     "OutputChunk",
+    "Policy",
+    "PolicyExceeded",
     "PoolTimeout",
     "ProtocolViolation",
     "REPLProtocol",
+    "RLM",
     "SandboxError",
     "SessionBusy",
     "SessionClosed",
     "SupportsCheckpoint",
     "SupportsFork",
     "SupportsReadFile",
+    "TokenUsage",
+    "Trace",
     "UnsendableValue",
     "UnsupportedLimit",
     "Usage",
