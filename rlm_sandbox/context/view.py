@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 __all__ = ("ContextView",)
+
+#: Matches or pieces in one answer. Where the context stays on the host, a guest's call must not fill the host's memory.
+MAX_ITEMS: Final = 100_000
+#: How often the pieces of one answer may repeat the text, for the same reason.
+MAX_REPEATS: Final = 4
 
 
 class ContextView:
@@ -66,6 +71,10 @@ class ContextView:
         """Matches as ``(start, end, text)``, at most ``max_matches``, from ``start`` on.
 
         Literal search by default; ``regex=True`` takes Python's ``re`` syntax. An empty pattern matches nothing.
+
+        Raises:
+            ValueError: there are more than `MAX_ITEMS` matches, and that many were asked for.
+            re.error: ``pattern`` is no regular expression.
         """
         if not pattern or max_matches <= 0:
             return []
@@ -78,29 +87,33 @@ class ContextView:
                 found.append((match.start(), match.end(), match.group()))
                 if len(found) >= max_matches:
                     break
+                _check_items(len(found), "matches")
             return found
         at = text.find(pattern, max(0, start), stop)
         while at >= 0 and len(found) < max_matches:
             found.append((at, at + len(pattern), pattern))
+            _check_items(len(found), "matches")
             at = text.find(pattern, at + len(pattern), stop)
         return found
 
     def chunk(self, size: int, overlap: int = 0) -> list[tuple[int, int, str]]:
-        """The text in pieces of ``size`` characters as ``(start, end, text)``, each repeating ``overlap`` of the last."""
+        """The text in pieces of ``size`` characters as ``(start, end, text)``, each repeating ``overlap`` of the last.
+
+        Raises:
+            ValueError: ``size`` or ``overlap`` is out of range, or the pieces would be more than `MAX_ITEMS` or repeat the
+                text more than `MAX_REPEATS` times.
+        """
         if size <= 0:
             raise ValueError("size must be above 0")
         if not 0 <= overlap < size:
             raise ValueError("overlap must be at least 0 and below size")
-        length = len(self._text)
-        pieces: list[tuple[int, int, str]] = []
-        at = 0
-        while at < length:
-            stop = min(length, at + size)
-            pieces.append((at, stop, self._text[at:stop]))
-            if stop >= length:
-                break
-            at = stop - overlap
-        return pieces
+        length, step = len(self._text), size - overlap
+        # The last piece is the first one that reaches the end of the text.
+        starts = range(0, max(1, length - overlap) if length else 0, step)
+        _check_items(len(starts), "pieces")
+        if len(starts) * min(size, length) > MAX_REPEATS * length + size:
+            raise ValueError(f"the pieces would repeat the text more than {MAX_REPEATS} times; use less overlap")
+        return [(at, min(length, at + size), self._text[at : at + size]) for at in starts]
 
     def num_documents(self) -> int:
         """How many documents there are; 1 for a single text."""
@@ -141,15 +154,36 @@ class ContextView:
         ]
 
     def page(self, page_number: int, *, marker_pattern: str = r"<!-- Page (\d+) -->") -> str | None:
-        """The text between the marker of a page and the next marker, or None if there is no such page."""
+        """The text between the marker of a page and the next marker, or None if there is no such page.
+
+        Raises:
+            ValueError: ``marker_pattern`` has no group for the page's number.
+            re.error: it is no regular expression.
+        """
+        marker = re.compile(marker_pattern)
+        if not marker.groups:
+            raise ValueError("marker_pattern must have a group that matches the page's number, as in 'Page (\\d+)'")
         start = None
-        for match in re.finditer(marker_pattern, self._text):
+        for match in marker.finditer(self._text):
             if start is not None:
                 return self._text[start : match.start()]
-            if int(match.group(1)) == page_number:
+            if _number(match.group(1)) == page_number:
                 start = match.end()
         return None if start is None else self._text[start:]
 
     def metadata(self) -> dict[str, Any]:
         """Length, number of documents, and what the host added (file names, say)."""
         return {"total_length": len(self._text), "num_documents": self.num_documents(), **self._metadata}
+
+
+def _check_items(count: int, what: str) -> None:
+    if count > MAX_ITEMS:
+        raise ValueError(f"there are more than {MAX_ITEMS:,} {what}; ask for less at a time")
+
+
+def _number(text: str | None) -> int | None:
+    """A page's number; None where the marker's group matched none, or something else."""
+    try:
+        return int(text or "")
+    except ValueError:
+        return None
