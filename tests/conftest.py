@@ -1,0 +1,173 @@
+"""The `backend` fixture over the registry, and what makes a declared gap that has closed fail the run."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import pytest
+
+from rlm_sandbox import BackendUnavailable, Capabilities, Feature, Grade, Limits, REPLProtocol, available, backend_names, open_repl
+from rlm_sandbox.limits import PER_CELL, PER_SESSION
+from rlm_sandbox.registry import Availability, SessionConfig, load_backend
+
+REQUIRE = "RLM_SANDBOX_REQUIRE"
+
+
+class OpenSession(Protocol):
+    """The `open_session` fixture: `open_repl` on the backend under test, closed when the test ends."""
+
+    def __call__(self, *, limits: Limits | None = None, setup: str = "", recovery: bool = True) -> REPLProtocol: ...
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run the tests of the contract on this backend only; may be repeated (default: every backend of the registry)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "needs(*features): the test passes on a backend that declares every feature and must fail on one that does not",
+    )
+    config.addinivalue_line(
+        "markers", "only_if(predicate, reason): skip on a backend whose capabilities do not satisfy the predicate"
+    )
+    unknown = [name for name in config.getoption("--backend") if name not in backend_names()]
+    if unknown:
+        raise pytest.UsageError(f"--backend: there is no {', '.join(unknown)}; choose from {', '.join(backend_names())}")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [
+        f"rlm_sandbox {version('rlm-sandbox')} on Python {platform.python_version()}, {platform.system()} {platform.release()}"
+    ]
+    try:
+        found = available()
+    except Exception as exc:  # a backend that cannot be imported fails its own tests; the header must not hide them all
+        return [*lines, f"backends: {type(exc).__name__}: {exc}"]
+    for name, state in found.items():
+        lines.append(f"backend {name}: {'usable' if state.usable else f'unavailable: {state.reason}; {state.remedy}'}")
+    required = os.environ.get(REQUIRE)
+    if required:
+        lines.append(f"{REQUIRE}: {required}")
+    return lines
+
+
+def _required(name: str) -> bool:
+    asked = {part.strip() for part in os.environ.get(REQUIRE, "").split(",")}
+    return name in asked or "all" in asked
+
+
+def _probe(name: str) -> Availability:
+    try:
+        return load_backend(name).probe()
+    except BackendUnavailable as exc:
+        return Availability(False, exc.reason, exc.remedy)
+
+
+_capabilities: dict[str, Capabilities | None] = {}
+
+
+def _declared(name: str) -> Capabilities | None:
+    """What the backend declares, or None where it does not work (its tests then skip or fail by themselves)."""
+    if name not in _capabilities:
+        try:
+            found = _probe(name).usable
+            _capabilities[name] = load_backend(name).capabilities(SessionConfig()) if found else None
+        except Exception:  # the `backend` fixture meets the same error and reports it
+            _capabilities[name] = None
+    return _capabilities[name]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        names = metafunc.config.getoption("--backend") or backend_names()
+        metafunc.parametrize("backend", list(dict.fromkeys(names)), indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Turn ``needs`` and ``only_if`` into what pytest knows, by what the backend of each test declares."""
+    for item in items:
+        params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+        capabilities = _declared(params["backend"]) if "backend" in params else None
+        if capabilities is None:
+            continue
+        missing = [
+            feature.value
+            for mark in item.iter_markers("needs")
+            for feature in mark.args
+            if isinstance(feature, Feature) and not capabilities.has(feature)
+        ]
+        if missing:
+            # Only a failed assertion counts as the gap showing; a time-out or a host exception is still an error.
+            reason = f"{capabilities.backend} does not declare {', '.join(missing)}"
+            item.add_marker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
+        for mark in item.iter_markers("only_if"):
+            predicate, reason = mark.args
+            if not predicate(capabilities):
+                item.add_marker(pytest.mark.skip(reason=f"{capabilities.backend}: {reason}"))
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a usable backend."""
+    name: str = request.param
+    state = _probe(name)
+    if not state.usable:
+        message = f"backend {name} is unavailable: {state.reason}; {state.remedy}"
+        if _required(name):
+            pytest.fail(f"{message} ({REQUIRE} names it)")
+        pytest.skip(message)
+    return name
+
+
+@pytest.fixture
+def capabilities(backend: str) -> Capabilities:
+    """What the backend under test declares."""
+    return load_backend(backend).capabilities(SessionConfig())
+
+
+@pytest.fixture
+def supported(capabilities: Capabilities) -> Callable[[Feature], bool]:
+    """``supported(feature)``: for the part of a test that only some backends can run."""
+    return capabilities.has
+
+
+def lowest_grade(capabilities: Capabilities, limits: Limits) -> Grade:
+    """The grade that has to be accepted to open a session with ``limits``."""
+    asked = [name for name in (*PER_CELL, *PER_SESSION) if getattr(limits, name) is not None]
+    return min((capabilities.grade(name) for name in asked), default=Grade.HARD)
+
+
+@pytest.fixture
+def open_session(backend: str) -> Iterator[OpenSession]:
+    """Open sessions on the backend, accepting no less than it declares; they are closed at the end of the test."""
+    opened: list[REPLProtocol] = []
+
+    def open_one(*, limits: Limits | None = None, setup: str = "", recovery: bool = True) -> REPLProtocol:
+        chosen = limits if limits is not None else Limits()
+        config = SessionConfig(limits=chosen, setup=setup, recovery=recovery)
+        accept = lowest_grade(load_backend(backend).capabilities(config), chosen)
+        # Crash and interrupt are graded too: below HARD in either, trusted=True has to be said.
+        repl = open_repl(backend, limits=chosen, accept=accept, trusted=True, setup=setup, recovery=recovery)
+        opened.append(repl)
+        return repl
+
+    yield open_one
+    for repl in opened:
+        repl.close()
+
+
+@pytest.fixture
+def repl(open_session: OpenSession) -> REPLProtocol:
+    """A session with the default limits."""
+    return open_session()
