@@ -42,6 +42,8 @@ class Policy:
     - ``max_concurrent_subcalls``: sub-calls on their way at once.
     - ``max_output_tokens``: cap of one reply of the root model; None leaves it to the provider.
     - ``max_subcall_output_tokens``: cap of one sub-call's reply; ``llm_query(max_tokens=...)`` may only ask for less.
+    - ``subcall_models``: models that ``llm_query(model=...)`` may name besides the sub-call adapter's own. The guest
+      chooses among these and no others: what is asked of which model is the host's money.
     - ``max_feedback_chars``: what the root model sees of the output of one cell.
     - ``max_empty_replies``: replies in a row with neither code nor an answer after which the run ends.
 
@@ -57,6 +59,7 @@ class Policy:
     max_concurrent_subcalls: int = 32
     max_output_tokens: int | None = None
     max_subcall_output_tokens: int | None = None
+    subcall_models: tuple[str, ...] = ()
     max_feedback_chars: int = 10_000
     max_empty_replies: int = 5
 
@@ -71,6 +74,9 @@ class Policy:
             if not low <= value <= high:
                 hint = "; write None for no limit" if optional else ""
                 raise ValueError(f"Policy.{name} must be between {low} and {high}, got {value}{hint}")
+        models = self.subcall_models
+        if not isinstance(models, tuple) or not all(isinstance(name, str) and name for name in models):
+            raise TypeError("Policy.subcall_models takes a tuple of model names; write ('name',) for one")
         seconds = self.max_seconds
         if seconds is None:
             return
