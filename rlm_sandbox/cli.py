@@ -1,0 +1,217 @@
+"""The command line. Whatever goes wrong is one sentence and an exit status, never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+
+from .adapters import OpenAIAdapter
+from .console import ConsoleListener, inert
+from .context import Context
+from .errors import SandboxError
+from .limits import Limits
+from .orchestrator import RLM, Listener, Policy, RunFinished, Trace
+from .protocol import Grade
+from .registry import available, backend_names
+from .trajectory import JsonlWriter
+
+__all__ = ("main",)
+
+DEFAULT_MODEL: Final = "gpt-5-mini"
+
+#: Exit statuses besides 0 and 2, which stands for a command line that cannot be parsed.
+FAILED: Final = 1
+NOT_VERIFIED: Final = 3
+INTERRUPTED: Final = 130
+
+RUN_HELP: Final = f"""Answer QUESTION over the text of FILES: a model writes Python, which runs in a sandbox.
+
+The model is behind any endpoint that speaks OpenAI's chat completions. The key comes from OPENAI_API_KEY or
+LLM_API_KEY, the address from --base-url or LLM_BASE_URL.
+
+\b
+Examples:
+  rlm-sandbox run "Who tells the story?" moby-dick.txt
+  rlm-sandbox run "Which of these leak a file?" src/*.py --trace run.jsonl
+  rlm-sandbox run "Sum up chapter 3" book.txt --base-url http://localhost:8000/v1 --model qwen3
+  rlm-sandbox run "How many refunds?" mails.txt --json | jq -r .answer
+
+\b
+Exit status:
+  0    the model gave an answer
+  {FAILED}    it could not be done; standard error says why
+  2    the command line cannot be parsed
+  {NOT_VERIFIED}    a budget ran out: the answer is the best so far, not verified
+  {INTERRUPTED}  interrupted
+"""
+
+_LIMITS: Final = Limits()
+_POLICY: Final = Policy()
+
+app = typer.Typer(
+    help="The execution layer for Recursive Language Models: a model's code runs in a sandbox with limits.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The ``rlm-sandbox`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal that cannot show a character of the text gets its escape, and not an exception.
+            stream.reconfigure(errors="backslashreplace")
+    app()
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rlm-sandbox {version('rlm-sandbox')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(help=RUN_HELP, short_help="Answer a question over text files.")
+def run(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to answer.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Text files; each becomes a document.")],
+    backend: Annotated[str, typer.Option(help=f"Where the code runs: auto, {', '.join(backend_names())}.")] = "auto",
+    model: Annotated[str, typer.Option(envvar="LLM_MODEL", help="The model to ask.")] = DEFAULT_MODEL,
+    sub_model: Annotated[str | None, typer.Option(help="The model for sub-calls; the same, if not given.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="The endpoint, such as https://host/v1.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the trajectory to this file, as JSON lines.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; all else goes to standard error.")] = False,
+    encoding: Annotated[str, typer.Option(help="The encoding of the files.")] = "utf-8",
+    time_seconds: Annotated[float | None, typer.Option(help="Seconds one cell may compute.")] = _LIMITS.time_seconds,
+    memory_mb: Annotated[int | None, typer.Option(help="Memory of the sandbox, in MiB.")] = _LIMITS.memory_mb,
+    max_steps: Annotated[int, typer.Option(help="Replies of the model.")] = _POLICY.max_steps,
+    max_subcalls: Annotated[int | None, typer.Option(help="Sub-calls in all.")] = _POLICY.max_subcalls,
+    max_total_tokens: Annotated[int | None, typer.Option(help="Tokens in all, sub-calls included; no limit by default.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Seconds for the whole run; no limit by default.")] = None,
+    trusted: Annotated[
+        bool, typer.Option("--trusted", help="Accept limits that the backend does not enforce from outside the code.")
+    ] = False,
+) -> None:
+    events = Trace()
+    with contextlib.ExitStack() as listening:
+        with _explained(SandboxError, OSError, ValueError):
+            if backend != "auto" and backend not in backend_names():
+                raise ValueError(f"unknown backend {backend!r}; choose from auto, {', '.join(backend_names())}")
+            if not question.strip():
+                raise ValueError("the question is empty; ask something")
+            limits = replace(_LIMITS, time_seconds=time_seconds, memory_mb=memory_mb)
+            policy = replace(
+                _POLICY, max_steps=max_steps, max_subcalls=max_subcalls, max_total_tokens=max_total_tokens, max_seconds=max_seconds
+            )
+            context = Context.from_files(files, encoding=encoding)
+            adapter = OpenAIAdapter(model, base_url=base_url)
+            listeners: list[Listener] = [events]
+            if trace is not None:
+                listeners.append(listening.enter_context(_open_trace(trace, files)))
+            listeners.append(listening.enter_context(ConsoleListener(Console(stderr=as_json, highlight=False))))
+            rlm = RLM(
+                adapter,
+                subcall_adapter=adapter if sub_model is None else OpenAIAdapter(sub_model, base_url=base_url),
+                repl_backend=backend,
+                limits=limits,
+                policy=policy,
+                accept=Grade.NONE if trusted else Grade.HARD,
+                trusted=trusted,
+                listeners=listeners,
+            )
+        try:
+            with _explained(SandboxError):
+                rlm.run(question, context)
+        finally:
+            if events.finished is not None:
+                _report(events.finished, events, trace, as_json)
+    if not events.verified:
+        raise typer.Exit(NOT_VERIFIED)
+
+
+@app.command()
+def doctor() -> None:
+    """Say which backends work here, and what to do about the others."""
+    found = available()
+    for name, availability in found.items():
+        if availability.usable:
+            typer.echo(f"PASS  {name}")
+        else:
+            typer.echo(f"FAIL  {name}: {availability.reason}; {availability.remedy}")
+    if not any(availability.usable for availability in found.values()):
+        raise typer.Exit(FAILED)
+
+
+@contextlib.contextmanager
+def _explained(*errors: type[Exception]) -> Iterator[None]:
+    """End the command with the sentence of an expected error; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("rlm-sandbox: interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except errors as exc:
+        # The fields of Limits and Policy are the options of this command.
+        sentence = re.sub(r"\b(?:Limits|Policy)\.(\w+)", lambda found: "--" + found[1].replace("_", "-"), str(exc))
+        typer.echo(f"rlm-sandbox: {inert(sentence.removesuffix('; write None for no limit'))}", err=True)
+        raise typer.Exit(FAILED) from None
+
+
+def _open_trace(path: Path, files: list[Path]) -> JsonlWriter:
+    for file in files:
+        with contextlib.suppress(OSError):  # not there yet
+            if path.samefile(file):
+                raise ValueError(f"--trace would overwrite the input file {str(path)!r}; choose another path")
+    try:
+        return JsonlWriter(path)
+    except OSError as exc:
+        reason = os.strerror(exc.errno) if exc.errno else "it is no file"
+        raise OSError(f"cannot write the trace {str(path)!r}: {reason}; choose another --trace path") from None
+
+
+def _report(finished: RunFinished, events: Trace, trace: Path | None, as_json: bool) -> None:
+    if trace is not None:
+        typer.echo(f"trajectory: {inert(str(trace))}", err=as_json)
+    if not as_json:
+        return
+    started = events.started
+    report = {
+        "answer": finished.answer,
+        "verified": finished.verified,
+        "stop_reason": finished.stop_reason,
+        "error": finished.error,
+        "usage": {
+            "steps": finished.steps,
+            "cells": finished.cells,
+            "subcalls": finished.subcalls,
+            "input_tokens": finished.input_tokens,
+            "output_tokens": finished.output_tokens,
+            "seconds": round(finished.seconds, 3),
+        },
+        "backend": None if started is None else started.backend,
+        "model": None if started is None else started.model,
+        "trace": None if trace is None else str(trace),
+    }
+    typer.echo(json.dumps(report))
