@@ -67,7 +67,6 @@ for index, count in top:
 
 ```repl
 attempts = 0
-top = []
 while True:
     try:
         attempts += 1
@@ -134,7 +133,7 @@ def sub_model() -> FakeAdapter:
     """A sub-model that does its small task on the text in its prompt."""
 
     def count_functions(prompt: str) -> str:
-        time.sleep(0.2 + len(prompt) / 500_000)  # about as long as a fast model takes to begin
+        time.sleep(0.3 + len(prompt) / 100_000)  # about as long as a fast model takes to begin
         return str(len(re.findall(r"^[ \t]*(?:async )?def \w", prompt.partition("\n\n")[2], re.MULTILINE)))
 
     def first_line(prompt: str) -> str:

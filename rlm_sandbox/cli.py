@@ -130,7 +130,9 @@ def run(
             listeners: list[Listener] = [events]
             if trace is not None:
                 listeners.append(listening.enter_context(_open_trace(trace, files)))
-            listeners.append(listening.enter_context(ConsoleListener(Console(stderr=as_json, highlight=False))))
+            listeners.append(
+                listening.enter_context(ConsoleListener(Console(file=sys.stderr if as_json else sys.stdout, highlight=False)))
+            )
             rlm = RLM(
                 adapter,
                 subcall_adapter=adapter if sub_model is None else OpenAIAdapter(sub_model, base_url=base_url),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from types import TracebackType
 from typing import Final, Self
@@ -9,8 +10,16 @@ from typing import Final, Self
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.status import Status
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.syntax import Syntax
 from rich.text import Text
 
@@ -89,12 +98,13 @@ class ConsoleListener:
     """
 
     def __init__(self, console: Console | None = None, *, max_output_chars: int = MAX_OUTPUT_CHARS) -> None:
-        self._console = console if console is not None else Console(highlight=False)
+        # Bound to the stream of now: where a cell runs in this process, sys.stdout is the guest's while it does.
+        self._console = console if console is not None else Console(file=sys.stdout, highlight=False)
         self._max_output = max_output_chars
         self._shown = 0
         self._at_line_start = True
         self._held = ""
-        self._status: Status | None = None
+        self._spinner: Progress | None = None
         self._progress: Progress | None = None
         self._bars: dict[int, TaskID] = {}
         self._gone = False
@@ -119,7 +129,7 @@ class ConsoleListener:
             return
         try:
             self._show(event)
-        except BrokenPipeError:  # the reader (head, less) has seen enough; the run goes on
+        except (BrokenPipeError, SystemExit):  # the reader (head, less) has gone, which rich takes for the end; the run goes on
             self._gone = True
 
     def _show(self, event: Event) -> None:
@@ -174,13 +184,19 @@ class ConsoleListener:
 
     def _wait_for(self, what: str | None) -> None:
         """Show a spinner with ``what`` beside it, or take it away."""
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
         if what is not None and self._console.is_terminal and self._progress is None:
             self._end_line()
-            self._status = self._console.status(Text(what, "dim"))
-            self._status.start()
+            self._spinner = self._live(SpinnerColumn(), TextColumn("{task.description}", "dim", markup=False))
+            self._spinner.add_task(what, total=None)
+
+    def _live(self, *columns: ProgressColumn) -> Progress:
+        """A line at the bottom that changes. It leaves ``sys.stdout`` alone, for the reason given above."""
+        live = Progress(*columns, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False)
+        live.start()
+        return live
 
     # ---- events
 
@@ -263,9 +279,8 @@ class ConsoleListener:
             return
         self._end_line()
         if self._progress is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._progress = Progress(*columns, console=self._console, transient=True)
-            self._progress.start()
+            bar = BarColumn()
+            self._progress = self._live(TextColumn("{task.description}"), bar, MofNCompleteColumn(), TimeElapsedColumn())
         self._bars[event.batch] = self._progress.add_task("llm_batch", total=event.size)
 
     def _batch_finished(self, event: BatchFinished) -> None:
