@@ -54,16 +54,19 @@ class OpenAIAdapter:
                 "auth",
                 "there is no API key; set OPENAI_API_KEY or LLM_API_KEY (any text will do for a local server that needs none)",
             )
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise AdapterError("auth", "the API key has characters that no key has; copy it again, without spaces or quotes")
         url = base_url or _from_environment(URL_VARIABLES)
-        if url is not None and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc):
-            raise AdapterError("request", f"the base URL {url!r} is not an http or https address; give one like https://host/v1")
+        where = OFFICIAL_HOST if url is None else _host(url)
+        if not where:
+            raise AdapterError("request", "the base URL is not an http or https address; give one like https://host/v1")
 
         import openai  # here and not above: importing the SDK takes a second, and most users of the package never need it
 
         self._sdk = openai
         self._key = key
         self._model = model
-        self._where = urlsplit(url).netloc.rpartition("@")[2] if url else OFFICIAL_HOST
+        self._where = where
         self._timeout = timeout
         # OpenAI's newer models refuse max_tokens; many compatible servers know nothing else.
         self._cap_name = "max_completion_tokens" if self._where == OFFICIAL_HOST else "max_tokens"
@@ -99,7 +102,7 @@ class OpenAIAdapter:
         if temperature is not None:
             options["temperature"] = temperature
         try:
-            conversation: Any = [dict(item) for item in messages]
+            conversation: Any = [{"role": item["role"], "content": _encodable(item["content"])} for item in messages]
             reply = self._client.chat.completions.create(model=asked, messages=conversation, **options)
         except self._sdk.OpenAIError as exc:
             raise self._explained(exc, asked) from None  # the SDK's exception holds the request, its headers and so the key
@@ -166,8 +169,29 @@ class OpenAIAdapter:
 
     def _clean(self, text: str) -> str:
         """A server's words, fit to print: one line, short, printable, without the key."""
-        line = " ".join(text.replace(self._key, "***")[:MAX_DETAIL_CHARS].split()).rstrip(".")
-        return "".join(char for char in line if char.isprintable())
+        shown = "".join(char if char.isprintable() else " " for char in text.replace(self._key, "***")[:MAX_DETAIL_CHARS])
+        return " ".join(shown.split()).rstrip(".")
+
+
+def _host(url: str) -> str:
+    """Host and port of an http(s) address, without user and password; empty if it is none."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises if it is no number
+    except ValueError:
+        return ""
+    host = parts.netloc.rpartition("@")[2]
+    usable = parts.scheme in ("http", "https") and parts.hostname and url.isprintable() and " " not in url
+    return host if usable else ""
+
+
+def _encodable(text: str) -> str:
+    """``text`` without lone surrogates, which a guest can print and JSON over HTTP cannot carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
 
 
 def _server_message(exc: Any) -> str:

@@ -114,12 +114,12 @@ class Ledger:
         left = budget - self._used.total_tokens - self._promised
         # What a capped reply may take, shared evenly: a budget that is nearly empty still buys short replies.
         share = (left - sum(asked)) // len(asked)
-        wanted = next((tokens for tokens in (cap, default) if tokens is not None), share)
-        if share < min(LEAST_REPLY_TOKENS, wanted):
+        if share < (LEAST_REPLY_TOKENS if cap is None else min(LEAST_REPLY_TOKENS, cap)):
             raise PolicyExceeded(
                 f"about {sum(asked)} tokens asked for and {max(0, left)} of {budget} left; "
                 f"use shorter prompts, or answer with what you have"
             )
-        reply = min(share, wanted)
+        wanted = default if cap is None else cap
+        reply = share if wanted is None else min(share, wanted)
         self._promised += sum(asked) + reply * len(asked)
         return [Reservation(tokens + reply, reply) for tokens in asked]
