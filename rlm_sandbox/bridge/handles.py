@@ -8,6 +8,7 @@ come here. What a host function raises stays on the host unless its class was al
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import operator
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from ..binding import Exposed
 from ..context import CONTEXT_METHODS, CONTEXT_OPERATORS, Context
-from ..wire.codec import Decoder, Encoder, HandleRef, OpaqueValue, ValueRefused, WireError
+from ..wire.codec import MAX_ELEMENTS, Decoder, Encoder, HandleRef, OpaqueValue, ValueRefused, WireError
 
 __all__ = ("CallFailed", "CallRefused", "CallReturned", "HandleTable", "HostCall", "Outcome", "plain_copy", "run_call")
 
@@ -33,7 +34,7 @@ _OPERATORS: Final[dict[str, tuple[int, Callable[..., Any]]]] = {
     "contains": (1, operator.contains),
     "eq": (1, operator.eq),
     "getitem": (1, operator.getitem),
-    "iter": (0, list),
+    "iter": (0, lambda target: list(itertools.islice(target, MAX_ELEMENTS + 1))),  # one too many is refused by the codec
     "len": (0, len),
     "str": (0, str),
 }
@@ -87,6 +88,13 @@ class _Bound:
     type_name: str
 
 
+def _is_async(function: Any) -> bool:
+    """True for an ``async def``, and for an object whose class calls one."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        inspect.getattr_static(type(function), "__call__", None)
+    )
+
+
 class HandleTable:
     """The host objects one session's guest can reach, by opaque id. Not thread-safe: one session, one caller."""
 
@@ -111,11 +119,13 @@ class HandleTable:
         if isinstance(target, Context):
             target = Exposed(target, frozenset(CONTEXT_METHODS), frozenset(), frozenset(CONTEXT_OPERATORS), "Context")
         if isinstance(target, Exposed):
+            if any(member.startswith("_") for member in target.methods | target.attributes):
+                raise TypeError("only public names can be exposed; make the object with expose()")
             bound = _Bound(
                 name, target.target, "object", target.methods, target.attributes, target.operators, inline, errors, target.type_name
             )
         elif callable(target) and not isinstance(target, type):
-            kind = "async" if inspect.iscoroutinefunction(target) else "function"
+            kind = "async" if _is_async(target) else "function"
             if inline and kind == "async":
                 raise TypeError("bind(inline=True) takes a plain function; an async def runs on the session's event loop")
             bound = _Bound(name, target, kind, frozenset(), frozenset(), frozenset(), inline, errors, "function")
@@ -159,10 +169,11 @@ class HandleTable:
         Raises:
             CallRefused: the guest may not.
         """
-        bound = self._bound.get(handle)
+        bound = self._bound.get(handle) if type(handle) is int else None
         if bound is None:
             raise CallRefused("there is no such host object")
-        if not isinstance(args, list | tuple) or not isinstance(kwargs, dict):
+        malformed = type(args) not in (list, tuple) or type(kwargs) is not dict
+        if malformed or (method is not None and type(method) is not str):
             raise CallRefused(f"{bound.name}: arguments are malformed")
         if not all(type(key) is str and key.isidentifier() for key in kwargs):
             raise CallRefused(f"{bound.name}: keyword arguments must be named by identifiers")
@@ -185,8 +196,10 @@ class HandleTable:
         else:
             if method not in bound.methods:
                 raise CallRefused(f"{bound.name} has no such method")
-            name, function = f"{bound.name}.{method}", getattr(bound.target, method)
-            is_async = inspect.iscoroutinefunction(function)
+            function = getattr(bound.target, method, None)
+            if not callable(function):  # it was there when the object was exposed
+                raise CallRefused(f"{bound.name} has no such method")
+            name, is_async = f"{bound.name}.{method}", _is_async(function)
         return HostCall(name, function, tuple(args), kwargs, bound.inline, is_async, bound.errors)
 
     def export(self, value: Any) -> HandleRef:

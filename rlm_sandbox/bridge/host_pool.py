@@ -6,7 +6,7 @@ import asyncio
 import collections
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from .handles import CallReturned, HostCall, Outcome, failure, run_call
@@ -17,6 +17,8 @@ __all__ = ("HostPool",)
 MAX_THREADS: Final = 64
 #: An idle thread ends after this many seconds.
 IDLE_SECONDS: Final = 5.0
+#: How long a cancelled ``async def`` may clean up after `close`, in the background.
+CANCEL_SECONDS: Final = 1.0
 
 
 class HostPool:
@@ -77,14 +79,6 @@ class HostPool:
             on_done(context.run(run_call, call))
 
     def _submit_async(self, context: contextvars.Context, call: HostCall, on_done: Callable[[Outcome], None]) -> None:
-        with self._lock:
-            if self._closed:
-                return
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_run_loop, args=(self._loop,), name="rlm-sandbox-host-loop", daemon=True).start()
-            loop = self._loop
-
         async def run() -> None:
             try:
                 outcome: Outcome = CallReturned(await call.function(*call.args, **call.kwargs))
@@ -92,16 +86,24 @@ class HostPool:
                 outcome = failure(call, exc)
             on_done(outcome)
 
-        def start() -> None:
-            task = loop.create_task(run(), context=context)
-            _RUNNING.add(task)
-            task.add_done_callback(_RUNNING.discard)
-
-        loop.call_soon_threadsafe(start)
+        with self._lock:
+            if self._closed:
+                return
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_run_loop, args=(self._loop,), name="rlm-sandbox-host-loop", daemon=True).start()
+            # Under the lock, so that it comes before the stop of a `close` on another thread.
+            self._loop.call_soon_threadsafe(_start, self._loop, run(), context)
 
 
 #: The event loop holds only weak references to tasks.
 _RUNNING: Final[set[asyncio.Task[Any]]] = set()
+
+
+def _start(loop: asyncio.AbstractEventLoop, running: Coroutine[Any, Any, None], context: contextvars.Context) -> None:
+    task = loop.create_task(running, context=context)
+    _RUNNING.add(task)
+    task.add_done_callback(_RUNNING.discard)
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
@@ -109,7 +111,9 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
     try:
         loop.run_forever()
     finally:
-        for task in asyncio.all_tasks(loop):
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
+        if tasks:  # a task may take a moment to clean up; one that refuses to end is left to itself
+            loop.run_until_complete(asyncio.wait(tasks, timeout=CANCEL_SECONDS))
         loop.close()

@@ -10,6 +10,7 @@ Both ends treat the other's tree as hostile: `decode` counts elements and depth 
 
 from __future__ import annotations
 
+import collections
 import datetime as dt
 import math
 from collections.abc import Callable, Sequence
@@ -82,6 +83,7 @@ class Encoder:
         self._left = MAX_ELEMENTS
         self._unseeded_left = MAX_UNSEEDED_KEYS
         self._bytes_left = max_bytes
+        self._in_key = 0
 
     def _charge(self, size: int) -> None:
         if self._bytes_left is not None:
@@ -96,15 +98,12 @@ class Encoder:
         return ["a", len(self.attachments) - 1]
 
     def _text(self, value: str) -> Any:
-        size = len(value)
-        self._charge(size)
-        if size <= INLINE_CHARS:
-            if value.isascii():
-                return value
+        size, valid = len(value), True
+        if not value.isascii():
             # Two lone surrogates next to each other would come back from JSON as one character.
-            if not any("\ud800" <= char <= "\udfff" for char in value):
-                return value
-        elif len(self.attachments) >= MAX_ATTACHMENTS and not any("\ud800" <= char <= "\udfff" for char in value):
+            size, valid = _utf8_size(value)
+        self._charge(size)
+        if valid and (len(value) <= INLINE_CHARS or len(self.attachments) >= MAX_ATTACHMENTS):
             return value
         return self._attach(value)
 
@@ -135,7 +134,8 @@ class Encoder:
             self._charge(len(value))
             return self._attach(value)
         if kind is OpaqueValue:
-            return ["o", str(value.type_name)[:MAX_OPAQUE_NAME], self._text(str(value.repr)[:MAX_OPAQUE_REPR])]
+            name = str(value.type_name)[:MAX_OPAQUE_NAME].encode("utf-8", "replace").decode("utf-8")
+            return ["o", name, self._text(str(value.repr)[:MAX_OPAQUE_REPR])]
         if kind is HandleRef:
             return ["h", value.handle, value.type_name, list(value.methods), list(value.attributes), list(value.operators)]
         temporal = _temporal(value)
@@ -148,6 +148,20 @@ class Encoder:
         if type(replaced) not in (OpaqueValue, HandleRef, str):
             raise ValueRefused("a value that is not plain data has no replacement")
         return self.encode(replaced, depth)
+
+    def _key(self, value: Any, depth: int) -> Any:
+        if type(value) is str:
+            return self._text(value)
+        self._in_key += 1
+        tree = self.encode(value, depth)
+        self._in_key -= 1
+        return tree
+
+    def _check_hashes(self, keys: Any) -> None:
+        """What `Decoder` refuses for its own protection is refused here first, so that no honest sender is killed for it."""
+        numbers = [key for key in keys if type(key) is int or type(key) is float]
+        if len(numbers) > MAX_EQUAL_HASHES and max(collections.Counter(map(hash, numbers)).values()) > MAX_EQUAL_HASHES:
+            raise ValueRefused(f"the value has more than {MAX_EQUAL_HASHES} dict keys or set elements of equal hash; send a list")
 
     def _container(self, tag: str, value: Any, depth: int) -> list[Any]:
         if depth >= MAX_DEPTH:
@@ -163,15 +177,29 @@ class Encoder:
                 raise ValueRefused(
                     f"the value has more than {MAX_UNSEEDED_KEYS} dict keys or set elements that are not text; send a list"
                 )
+            self._check_hashes(value)
+        if self._in_key and tag in "lds":
+            # A hashable subclass of list, say: the receiver could not put its plain base into a dict or set.
+            raise ValueRefused("a dict key or set element is not hashable as plain data")
         tree: list[Any] = [tag]
         if tag == "d":
             for key, item in value.items():
-                tree.append(self.encode(key, depth + 1))
+                tree.append(self._key(key, depth + 1))
                 tree.append(self.encode(item, depth + 1))
+        elif tag in "sz":
+            tree.extend([self._key(item, depth + 1) for item in value])
         else:
             for item in value:
                 tree.append(self.encode(item, depth + 1))
         return tree
+
+
+def _utf8_size(value: str) -> tuple[int, bool]:
+    """The size of ``value`` in bytes, and whether it is valid Unicode (has no lone surrogates)."""
+    try:
+        return len(value.encode("utf-8")), True
+    except UnicodeEncodeError:
+        return len(value.encode("utf-8", "surrogatepass")), False
 
 
 _CONTAINERS: Final[dict[type, str]] = {list: "l", tuple: "t", dict: "d", set: "s", frozenset: "z"}
@@ -193,6 +221,8 @@ def _plain_base(value: Any) -> Any:
         return list(list.__iter__(value))
     if issubclass(kind, tuple):
         return tuple(tuple.__iter__(value))
+    if kind is collections.OrderedDict:
+        return dict(value.items())  # its order is not that of the dict below it
     if issubclass(kind, dict):
         return dict(dict.items(value))
     if issubclass(kind, set):
@@ -225,7 +255,8 @@ def _temporal(value: Any) -> list[Any] | None:
     if kind is dt.timedelta:
         return ["E", value.days, value.seconds, value.microseconds]
     if kind is dt.timezone:
-        return ["Z", _fixed_offset(value)]
+        offset = _fixed_offset(value)
+        return None if offset is _NOT_PLAIN else ["Z", offset]
     return None
 
 
@@ -239,7 +270,10 @@ def _fixed_offset(zone: dt.tzinfo | None) -> Any:
     seconds = offset.days * 86_400 + offset.seconds
     # __getinitargs__ has the name only when one was given.
     args = zone.__getinitargs__()  # type: ignore[attr-defined]
-    return [seconds, offset.microseconds, args[1][:MAX_OPAQUE_NAME] if len(args) > 1 else None]
+    name = args[1] if len(args) > 1 else None
+    if name is not None and (len(name) > MAX_OPAQUE_NAME or not _utf8_size(name)[1]):
+        return _NOT_PLAIN  # it could not be sent exactly
+    return [seconds, offset.microseconds, name]
 
 
 class Decoder:
@@ -248,6 +282,7 @@ class Decoder:
     def __init__(self, attachments: Sequence[Attachment], *, allow_handles: bool = False) -> None:
         self._attachments = attachments
         self._allow_handles = allow_handles
+        self._used: set[int] = set()
         self._left = MAX_ELEMENTS
         self._unseeded_left = MAX_UNSEEDED_KEYS
 
@@ -316,6 +351,10 @@ class Decoder:
         (index,) = _fields(tree, int)
         if not 0 <= index < len(self._attachments):
             raise WireError("a value names an attachment that is not there")
+        if index in self._used:
+            # One attachment named a million times would make a small frame a huge value for whoever writes it out.
+            raise WireError("a value names an attachment twice")
+        self._used.add(index)
         attachment: Attachment = self._attachments[index]
         return attachment
 

@@ -11,6 +11,7 @@ parser serves a blocking guest, a polling host and a fuzzer, and a peer that sen
 from __future__ import annotations
 
 import json
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -53,6 +54,8 @@ def dump_frame(header: Any, attachments: list[Attachment], *, max_bytes: int) ->
     raw = [part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass") for part in attachments]
     if len(head) > MAX_HEADER_BYTES or len(raw) > MAX_ATTACHMENTS:
         raise FrameTooLarge("the frame's header is larger than the protocol allows")
+    if _tokens(head) > MAX_HEADER_TOKENS:
+        raise FrameTooLarge("the frame's header has more elements than the protocol allows")
     if len(head) + sum(map(len, raw)) > max_bytes:
         raise FrameTooLarge(f"the frame is larger than {max_bytes} bytes")
     table = b"".join(_ENTRY.pack(isinstance(part, str), len(data)) for part, data in zip(attachments, raw, strict=True))
@@ -65,6 +68,7 @@ class FrameReader:
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._stage = 0
+        self._dead = False
         self._buffer = bytearray()
         self._want = _PREFIX.size
         self._head_length = 0
@@ -88,6 +92,15 @@ class FrameReader:
         Raises:
             WireError: the bytes are not a frame this version reads, or announce more than the caps.
         """
+        if self._dead:
+            raise WireError("the stream has already failed; frames are never resynchronised")
+        try:
+            return self._feed(data)
+        except WireError:
+            self._dead = True
+            raise
+
+    def _feed(self, data: bytes | memoryview) -> tuple[Any, list[Attachment]] | None:
         self._buffer += data
         while len(self._buffer) >= self._want:
             chunk = bytes(self._buffer)
@@ -145,8 +158,7 @@ class FrameReader:
     def _finish(self) -> tuple[Any, list[Attachment]]:
         head, *raw = self._parts
         self._stage, self._want, self._parts = 0, _PREFIX.size, []
-        tokens = head.count(b",") + head.count(b"[") + head.count(b"{")
-        if tokens > MAX_HEADER_TOKENS:
+        if _tokens(head) > MAX_HEADER_TOKENS:
             raise FrameTooLarge("a frame's header has more elements than the protocol allows")
         try:
             header = json.loads(head.decode("utf-8"), parse_constant=_no_constant, parse_int=_int_parser())
@@ -159,6 +171,20 @@ class FrameReader:
             except UnicodeDecodeError:
                 raise WireError("a text attachment is not valid UTF-8") from None
         return header, attachments
+
+
+#: A JSON string with its quotes. Linear on hostile bytes too: each byte has one way to match, a match is never given
+#: back, and one without its closing quote takes the rest, so that the search never starts again inside it.
+_STRING: Final = re.compile(rb'"(?>[^"\\]++|\\.)*+"?', re.DOTALL)
+
+
+def _tokens(head: bytes) -> int:
+    """Commas and opening brackets of a header; those inside its texts do not count, but are cheap to count first."""
+    tokens = head.count(b",") + head.count(b"[") + head.count(b"{")
+    if tokens <= MAX_HEADER_TOKENS or head.count(b'"') > 2 * MAX_HEADER_TOKENS:
+        return tokens
+    bare = _STRING.sub(b"", head)
+    return bare.count(b",") + bare.count(b"[") + bare.count(b"{")
 
 
 def _no_constant(name: str) -> Any:
