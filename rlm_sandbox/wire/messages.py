@@ -2,7 +2,7 @@
 
 Strict turns: the host sends one *request*; the guest answers with any number of `Output` events and then exactly one
 turn-ending event: `Done`, or `Suspend`: new host calls, each with an id. A suspended turn goes on with a `Resume` that answers
-one or more outstanding calls (none, if the guest asked to be woken). Nothing may be sent out of turn: a guest that does is
+one or more outstanding calls. Nothing may be sent out of turn: a guest that does is
 killed. What the guest *prints* does not travel here on backends that capture its descriptors.
 
 Values inside messages are trees of `codec`. A message is a JSON array: its name, then its fields in order. `SCHEMA` is
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, TypeVar
 from .codec import WireError
 
 __all__ = (
-    "Answer", "BindObject", "BindText", "Call", "Configure", "Done", "Exec", "Failure", "Forget", "Get", "Hello", "Message", "Names",
+    "BindObject", "BindText", "Configure", "Done", "Exec", "Forget", "Get", "Hello", "Message", "Names",
     "Output", "Protect", "Resume", "SCHEMA", "SetValue", "Suspend", "dump_message", "load_message",
 )  # fmt: skip
 
@@ -91,7 +91,7 @@ class BindObject(Message):
 
 @dataclass(frozen=True, slots=True)
 class BindText(Message):
-    """Map a context whose descriptor travels beside this frame. ``spans`` are document bounds, two numbers each.
+    """Map a context whose descriptor travels beside this frame. ``spans`` is a codec tree of bytes: document bounds, two native 64-bit numbers each.
 
     ``whole``: put the text itself under the name, not a context. ``meta`` is a codec tree.
     """
@@ -102,7 +102,7 @@ class BindText(Message):
     chars: int
     width: int
     ascii_only: bool
-    spans: str | bytes
+    spans: Any
     meta: Any
 
 
@@ -118,15 +118,6 @@ class Protect(Message):
     """Make a standby now. Sent only after the supervisor holds a ticket; answered through the supervisor."""
 
     op = "protect"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a host call came to: ``value`` is a codec tree, or ``error`` a (type name, message) pair."""
-
-    call: int
-    value: Any
-    error: list[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,19 +158,11 @@ class Output(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """A guest exception: its type's name, message and traceback. The guest's own words."""
-
-    type_name: str
-    message: str
-    traceback: str
-
-
-@dataclass(frozen=True, slots=True)
 class Done(Message):
     """The request ended. ``value`` is a codec tree (for ``exec`` the echo, a text or null), ``read`` a codec tree of a dict.
 
     ``failure`` is null or ``[type name, message, traceback]``. ``unknown`` is true if ``get`` found no such name.
+    ``names`` are the session's variables if they changed since they were last sent, else null.
     """
 
     op = "done"
@@ -187,29 +170,16 @@ class Done(Message):
     read: Any
     failure: list[str] | None
     unknown: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One host call: ``method`` is null to call the handle itself, a method name, ``.attribute`` or ``#operator``."""
-
-    call: int
-    handle: int
-    method: str | None
-    args: Any
-    kwargs: Any
+    names: list[str] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Suspend(Message):
-    """Host calls, each ``[id, handle, method, args tree, kwargs tree]``. Empty only while others are outstanding.
-
-    ``wake_seconds``: resume after this long even without an answer (a guest timer is due), or null.
-    """
+    """Host calls, each ``[id, handle, method, args tree, kwargs tree]``; ``method`` is null to call the handle itself, a
+    method's name, ``.attribute`` or ``#operator``. Empty only while others are outstanding."""
 
     op = "suspend"
     calls: list[list[Any]]
-    wake_seconds: float | None
 
 
 _MESSAGES: Final[dict[str, type[Message]]] = {
@@ -232,7 +202,6 @@ _CHECKS: Final[dict[str, tuple[type, ...]]] = {
     "list[str]": (list,),
     "list[str] | None": (list, type(None)),
     "list[list[Any]]": (list,),
-    "str | bytes": (list,),
 }
 
 _M = TypeVar("_M", bound=Message)

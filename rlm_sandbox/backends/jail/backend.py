@@ -1,0 +1,72 @@
+"""What the registry sees of the jail: probe, capabilities, open."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ...bridge.framed import FramedSession
+from ...errors import BackendUnavailable
+from ...protocol import Capabilities, Feature, Grade, REPLProtocol
+from ...registry import Availability, SessionConfig
+from .guest import JailGuest
+from .launch import shared_zygote
+
+__all__ = ("BACKEND", "JailBackend")
+
+#: What the host spends on a session beside its workers: supervisor, page tables, sockets.
+_OVERHEAD_MB: Final = 5
+
+
+class JailBackend:
+    """See `rlm_sandbox.registry.Backend`."""
+
+    def probe(self) -> Availability:
+        """Start the zygote: that is the mechanism itself, and the first session needs it anyway."""
+        try:
+            shared_zygote()
+        except BackendUnavailable as exc:
+            return Availability(False, exc.reason, exc.remedy)
+        return Availability(True)
+
+    def capabilities(self, config: SessionConfig) -> Capabilities:
+        """What a session enforces."""
+        limits = config.limits
+        worst = None
+        if limits.memory_mb is not None and limits.disk_mb is not None:
+            worst = limits.memory_mb * (2 if config.recovery else 1) + limits.disk_mb + _OVERHEAD_MB
+        return Capabilities(
+            backend="jail",
+            isolation=(
+                "a Linux process without privileges in user, pid, mount, network, ipc and uts namespaces of its own, on a read-only "
+                "tree, behind a seccomp allow-list; the host's kernel is shared"
+            ),
+            time_seconds=Grade.HARD,
+            wall_seconds=Grade.HARD,
+            output_bytes=Grade.HARD,
+            host_calls=Grade.HARD,
+            value_bytes=Grade.HARD,
+            memory_mb=Grade.HARD,
+            processes=Grade.HARD,
+            disk_mb=Grade.HARD,
+            session_seconds=Grade.HARD,
+            network=Grade.HARD,
+            crash=Grade.HARD,
+            interrupt=Grade.HARD,
+            language=frozenset(Feature),
+            soft_interrupt=True,
+            recovery="standby" if config.recovery else "none",
+            context_route="mapped",
+            guest_threads=True,
+            host_memory_worst_mb=worst,
+            notes=(
+                "The REPL is a full CPython with the standard library; there is no network, and no process can be started.",
+                "Files can be written below /tmp.",
+            ),
+        )
+
+    def open(self, config: SessionConfig) -> REPLProtocol:
+        """Open a session."""
+        return FramedSession(lambda: JailGuest(shared_zygote(), config.limits), config, self.capabilities(config))
+
+
+BACKEND: Final = JailBackend()

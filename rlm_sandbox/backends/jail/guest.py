@@ -1,0 +1,231 @@
+"""`JailGuest`: one session's supervisor and worker, seen from the host: signals by pidfd, orders by the control socket."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from ...bridge.guest import Death, GuestLost, Recovery, Report
+from ...errors import BackendUnavailable
+from ...limits import Limits
+from ...results import Stream
+from ...runners import control
+from .launch import Zygote
+
+__all__ = ("JailGuest",)
+
+_START_SECONDS: Final = 10.0
+#: Waking a standby or forking a worker takes about 1.5 ms, with 1 GB of small objects about 60 ms.
+_RECOVER_SECONDS: Final = 5.0
+#: Linux makes a process's CPU clock id from its pid: ~pid << 3 | CPUCLOCK_SCHED.
+_CPUCLOCK_SCHED: Final = 2
+
+
+def _host_pid(pidfd: int) -> int:
+    """The pid, in the host's namespace, of the process behind a pidfd."""
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+        if line.startswith("Pid:"):
+            return int(line.split()[1])
+    raise GuestLost("a pidfd has no pid")
+
+
+class JailGuest:
+    """A guest in the jail. Not thread-safe: its session is."""
+
+    maps_contexts = True
+
+    def __init__(self, zygote: Zygote, limits: Limits) -> None:
+        self._closed = False
+        self._generation = 1
+        self._supervisor = self._worker = -1
+        self._worker_pid = 0
+        self.data, data_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._control, control_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        out_read, out_write = os.pipe()
+        err_read, err_write = os.pipe()
+        self.outputs: Mapping[int, Stream] = {out_read: "stdout", err_read: "stderr"}
+        try:
+            settings = {"memory_mb": limits.memory_mb, "disk_mb": limits.disk_mb, "tasks": limits.processes}
+            zygote.spawn(settings, (data_theirs.fileno(), control_theirs.fileno(), out_write, err_write))
+            self.data.setblocking(False)
+            for fd in self.outputs:
+                os.set_blocking(fd, False)
+            message, fds = self._receive(_START_SECONDS)
+            if message["op"] != "ready" or len(fds) != 2:
+                raise BackendUnavailable(
+                    "jail", f"the kernel refused a step ({message.get('error', 'unknown')})", "run: rlm-sandbox doctor"
+                )
+            self._supervisor = fds[0]
+            self._take_worker(fds[1])
+        except GuestLost as exc:
+            self.close()
+            raise BackendUnavailable("jail", f"a session did not start ({exc})", "run: rlm-sandbox doctor") from None
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            data_theirs.close()
+            control_theirs.close()
+            os.close(out_write)
+            os.close(err_write)
+
+    def _take_worker(self, pidfd: int) -> None:
+        if self._worker >= 0:
+            os.close(self._worker)
+        self._worker = pidfd
+        self._worker_pid = _host_pid(pidfd)
+
+    # ---- control
+
+    @property
+    def control_fd(self) -> int:
+        """The supervisor's socket."""
+        return self._control.fileno()
+
+    def _receive(self, seconds: float) -> tuple[control.Message, list[int]]:
+        self._control.settimeout(seconds)
+        try:
+            got = control.receive(self._control)
+        except TimeoutError:
+            raise GuestLost("the supervisor did not answer in time") from None
+        except (OSError, ValueError) as exc:
+            raise GuestLost(f"the supervisor's channel failed: {exc}") from None
+        if got is None:
+            raise GuestLost("the supervisor is gone")
+        return got
+
+    def _order(self, message: control.Message, fds: tuple[int, ...] = ()) -> None:
+        try:
+            control.send(self._control, message, fds)
+        except OSError as exc:
+            raise GuestLost(f"the supervisor is gone ({exc.strerror})") from None
+
+    def report(self) -> Report | None:
+        """See `Guest.report`."""
+        if not select.select([self._control], [], [], 0)[0]:
+            return None
+        message, fds = self._receive(1.0)
+        for fd in fds:
+            os.close(fd)
+        return self._as_report(message)
+
+    def _as_report(self, message: control.Message) -> Report | None:
+        if message["op"] == "died":
+            return Report("died", _death(message))
+        if message["op"] == "protected":
+            return Report("protected")
+        if message["op"] in ("unprotected", "standby_died"):
+            return Report("unprotected")
+        return None
+
+    def request_protection(self) -> None:
+        """See `Guest.request_protection`."""
+        self._order({"op": "ticket"})
+
+    def recover(self, *, fresh: bool) -> Recovery:
+        """See `Guest.recover`."""
+        self._generation += 1
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        mine.setblocking(False)
+        try:
+            op = "fresh" if fresh else "recover"
+            self._order({"op": op, "generation": self._generation}, (theirs.fileno(),))
+            until = time.monotonic() + _RECOVER_SECONDS
+            while True:
+                message, fds = self._receive(max(0.01, until - time.monotonic()))
+                if message["op"] == "recovered" and len(fds) == 1:
+                    break
+                for fd in fds:  # reports that crossed the order: of the worker that is gone now
+                    os.close(fd)
+        except BaseException:
+            mine.close()
+            raise
+        finally:
+            theirs.close()
+        self.data.close()
+        self.data = mine
+        self._take_worker(fds[0])
+        return Recovery("restored" if message["state"] == "restored" else "fresh", _death(message))
+
+    # ---- signals and measurements
+
+    def _signal(self, number: int) -> None:
+        try:
+            signal.pidfd_send_signal(self._worker, number)
+        except ProcessLookupError:
+            pass  # it died; the supervisor reports it
+
+    def wake(self) -> None:
+        """See `Guest.wake`."""
+        self._signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """See `Guest.stop`."""
+        self._signal(signal.SIGSTOP)
+
+    def interrupt(self) -> None:
+        """See `Guest.interrupt`."""
+        self._signal(signal.SIGINT)
+
+    def cpu_seconds(self) -> float | None:
+        """See `Guest.cpu_seconds`."""
+        try:
+            return time.clock_gettime((~self._worker_pid << 3) | _CPUCLOCK_SCHED)
+        except OSError:
+            return None
+
+    def peak_memory_mb(self) -> float | None:
+        """See `Guest.peak_memory_mb`."""
+        try:
+            lines = Path(f"/proc/{self._worker_pid}/status").read_text().splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+    def grow_address_space(self, size: int) -> None:
+        """See `Guest.grow_address_space`. The supervisor moves the soft limit: a worker may not set limits."""
+        self._order({"op": "grow", "bytes": size})
+        while True:
+            message, fds = self._receive(_START_SECONDS)
+            for fd in fds:
+                os.close(fd)
+            if message["op"] == "grown":
+                return
+            if message["op"] == "died":
+                raise GuestLost("the worker died")
+
+    # ---- the end
+
+    def close(self) -> None:
+        """See `Guest.close`. Killing the supervisor, pid 1 of its namespace, ends every process of the session."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._supervisor >= 0:
+            try:
+                signal.pidfd_send_signal(self._supervisor, signal.SIGKILL)
+                select.select([self._supervisor], [], [], 2.0)
+            except OSError:
+                pass
+        self.data.close()
+        self._control.close()
+        for fd in (*self.outputs, self._supervisor, self._worker):
+            if fd >= 0:
+                os.close(fd)
+        self._supervisor = self._worker = -1
+
+
+def _death(message: dict[str, Any]) -> Death:
+    status, cpu, peak = message.get("status"), message.get("cpu"), message.get("maxrss_kb")
+    return Death(
+        status=status if isinstance(status, int) else None,
+        cpu_seconds=float(cpu) if isinstance(cpu, int | float) else None,
+        peak_memory_mb=peak / 1024 if isinstance(peak, int) else None,
+        why=str(message.get("why", ""))[:200],
+    )

@@ -1,0 +1,213 @@
+"""The host's side of launcher and zygote: one pair per host process, started with the first session.
+
+The zygote is shared by all sessions of this process. If it dies, the next session starts another.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Final
+
+from ... import bundle
+from ...errors import BackendUnavailable
+from ...runners import control
+
+__all__ = ("Zygote", "shared_zygote")
+
+#: From exec to a warm interpreter; 60 to 90 ms when idle.
+_START_SECONDS: Final = 30.0
+_SPAWN_SECONDS: Final = 10.0
+_MIN_KERNEL: Final = (5, 14)
+_NAME: Final = "jail"
+
+
+def _check_platform() -> None:
+    if sys.platform != "linux":
+        raise BackendUnavailable(_NAME, "it needs Linux", "use another backend on this system")
+    if platform.machine() != "x86_64":
+        raise BackendUnavailable(
+            _NAME, f"its system-call filter knows x86_64 only, not {platform.machine()}", "use another backend"
+        )
+    found = re.match(r"(\d+)\.(\d+)", platform.release())
+    if found and (int(found[1]), int(found[2])) < _MIN_KERNEL:
+        raise BackendUnavailable(
+            _NAME, f"Linux {platform.release()} is older than 5.14", "update the kernel or use another backend"
+        )
+
+
+def _remedy(error: str, number: int) -> str:
+    if number == 28:  # ENOSPC: user.max_user_namespaces
+        return "run: sysctl user.max_user_namespaces=10000"
+    if "unshare" in error or number in (1, 13):
+        return (
+            "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, or on Ubuntu "
+            "kernel.apparmor_restrict_unprivileged_userns=0; in a container, its seccomp profile must allow unshare and mount)"
+        )
+    return "run: rlm-sandbox doctor"
+
+
+class Zygote:
+    """A running launcher and zygote. Thread-safe."""
+
+    def __init__(self) -> None:
+        _check_platform()
+        self._lock = threading.Lock()
+        self.owner_pid = os.getpid()
+        self._kernel_ids = 0
+        self._next_id = 1
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        archive_fd = os.memfd_create("rlm-guest", os.MFD_CLOEXEC)
+        try:
+            os.write(archive_fd, bundle.guest_archive())
+            command = [
+                os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", f"/proc/self/fd/{archive_fd}", "launcher",
+                str(theirs.fileno()), str(os.getpid()), str(archive_fd),
+            ]  # fmt: skip
+            self._process = subprocess.Popen(
+                command,
+                env={},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=(theirs.fileno(), archive_fd),
+                start_new_session=True,
+            )
+        finally:
+            os.close(archive_fd)
+            theirs.close()
+        try:
+            self._handshake()
+        except BaseException:
+            self.close()
+            raise
+
+    def _handshake(self) -> None:
+        self._sock.settimeout(_START_SECONDS)
+        while True:
+            message = self._receive()
+            if message["op"] == "maps":
+                self._write_maps(int(message["uid"]), int(message["gid"]), int(message["count"]))
+                control.send(self._sock, {"op": "mapped"})
+            elif message["op"] == "ready":
+                self._kernel_ids = int(message["kernel_ids"])
+                return
+            else:
+                self._refuse(message)
+
+    def _write_maps(self, uid: int, gid: int, count: int) -> None:
+        """Id maps of the launcher's user namespace, which it has not the right to write itself any more."""
+        directory = Path(f"/proc/{self._process.pid}")
+        try:
+            if count == 1:
+                (directory / "setgroups").write_text("deny")
+            (directory / "uid_map").write_text(f"0 {uid} {count}")
+            (directory / "gid_map").write_text(f"0 {gid} {count}")
+        except OSError as exc:
+            raise BackendUnavailable(
+                _NAME, f"the id maps of its user namespace cannot be written ({exc.strerror})", _remedy("unshare", exc.errno or 0)
+            ) from exc
+
+    def _receive(self) -> control.Message:
+        try:
+            got = control.receive(self._sock)
+        except TimeoutError:
+            raise BackendUnavailable(_NAME, "its zygote did not start in time", "run: rlm-sandbox doctor") from None
+        except (OSError, ValueError) as exc:
+            raise BackendUnavailable(_NAME, f"its zygote failed ({exc})", "run: rlm-sandbox doctor") from exc
+        if got is None:
+            raise BackendUnavailable(_NAME, f"its zygote ended at the start{self._last_words()}", "run: rlm-sandbox doctor")
+        for fd in got[1]:
+            os.close(fd)
+        return got[0]
+
+    def _last_words(self) -> str:
+        """The last line the launcher wrote, for an error on the host."""
+        pipe = self._process.stderr
+        if pipe is None or not select.select([pipe], [], [], 0.5)[0]:
+            return ""
+        lines = os.read(pipe.fileno(), 16_384).decode("utf-8", "replace").strip().splitlines()
+        return f" ({lines[-1][:300]})" if lines else ""
+
+    def _refuse(self, message: control.Message) -> None:
+        error = str(message.get("error", message["op"]))
+        raise BackendUnavailable(_NAME, f"the kernel refused its isolation ({error})", _remedy(error, int(message.get("errno", 0))))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the launcher, and so the zygote, still runs and belongs to this process."""
+        return self.owner_pid == os.getpid() and self._process.poll() is None
+
+    def spawn(self, settings: dict[str, Any], fds: tuple[int, int, int, int]) -> None:
+        """Have the zygote fork a supervisor. ``fds``: worker's data channel, supervisor's control socket, stdout, stderr.
+
+        Raises:
+            BackendUnavailable: it could not.
+        """
+        with self._lock:
+            kernel_id = None
+            if self._kernel_ids:
+                kernel_id = self._next_id
+                self._next_id = self._next_id % (self._kernel_ids - 1) + 1
+            self._sock.settimeout(_SPAWN_SECONDS)
+            try:
+                control.send(self._sock, {"op": "spawn", "kernel_id": kernel_id, **settings}, fds)
+            except OSError as exc:
+                raise BackendUnavailable(_NAME, f"its zygote is gone ({exc.strerror})", "open the session again") from exc
+            message = self._receive()
+        if message["op"] != "spawned":
+            self._refuse(message)
+
+    def close(self) -> None:
+        """End the zygote and every session of it."""
+        self._sock.close()
+        if self.owner_pid != os.getpid():
+            return  # a forked child of the host: the zygote is the parent's
+        try:
+            self._process.send_signal(signal.SIGKILL)
+        except OSError:
+            pass
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+        self._process.wait()
+
+
+_shared: Zygote | None = None
+_shared_lock = threading.Lock()
+
+
+def shared_zygote() -> Zygote:
+    """This process's zygote, started if there is none that lives.
+
+    Raises:
+        BackendUnavailable: it cannot be started here.
+    """
+    global _shared
+    with _shared_lock:
+        if _shared is None or not _shared.alive:
+            if _shared is not None:
+                _shared.close()
+            _shared = Zygote()
+            atexit.register(_shared.close)
+        return _shared
+
+
+def _after_fork() -> None:
+    """In a forked child of the host the lock may be held by a thread that does not exist there."""
+    global _shared, _shared_lock
+    _shared_lock = threading.Lock()
+    if _shared is not None:
+        _shared.close()
+        _shared = None
+
+
+os.register_at_fork(after_in_child=_after_fork)

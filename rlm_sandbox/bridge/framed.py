@@ -1,0 +1,573 @@
+"""`FramedSession`: `REPLProtocol` over any `Guest` that speaks frames. Used by every backend whose guest is our runner."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self
+
+from ..context import Context, WholeText
+from ..errors import GuestCrashed, GuestError, LimitExceeded, ProtocolViolation, SessionBusy, SessionClosed, UnsendableValue
+from ..limits import Limits
+from ..protocol import Capabilities
+from ..registry import SessionConfig
+from ..results import ExecResult, LimitHit, Opaque, Outcome, OutputChunk, State, Usage
+from ..wire.codec import Attachment, Encoder, OpaqueValue, ValueRefused
+from ..wire.frames import dump_frame
+from ..wire.messages import BindObject, BindText, Configure, Exec, Get, Message, Names, Protect, SetValue, dump_message
+from .capture import Capture
+from .guest import Death, Guest, GuestLost
+from .handles import HandleTable
+from .host_pool import HostPool
+from .names import checked_name
+from .turn import FRAME_OVERHEAD, Turn, TurnEnd, WakePipe
+
+__all__ = ("FramedSession",)
+
+log: Final = logging.getLogger("rlm_sandbox.session")
+
+_HELLO_SECONDS: Final = 10.0
+#: The supervisor's own deadline is shorter; this one catches a supervisor that is gone or hung.
+_PROTECT_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Binding:
+    """How to make one binding again in a fresh guest."""
+
+    target: Any
+    inline: bool
+    errors: tuple[type[BaseException], ...]
+
+
+class FramedSession:
+    """A session. One call at a time, from any thread; `interrupt` and `close` may come concurrently."""
+
+    def __init__(self, start: Callable[[], Guest], config: SessionConfig, capabilities: Capabilities) -> None:
+        """
+        Args:
+            start: starts a guest; called again if one is lost altogether.
+            config: what the session was opened with.
+            capabilities: what it declares.
+
+        Raises:
+            BackendUnavailable: the guest did not start.
+            GuestError, LimitExceeded, GuestCrashed: ``config.setup`` failed.
+        """
+        self._guest = start()
+        self._freed = False
+        self._start = start
+        self._config = config
+        self._capabilities = capabilities
+        self._limits = config.limits
+        self._lock = threading.Lock()
+        self._closed = False
+        self._close_reason = "the session was closed"
+        self._interrupted = False
+        self._running = False
+        self._handles = HandleTable()
+        self._pool = HostPool()
+        self._wake = WakePipe()
+        self._bindings: dict[str, _Binding] = {}
+        self._known_names: list[str] = []
+        self._cell = 0
+        self._protected = False
+        self._protecting = False
+        self._stale = True
+        self._setting_up = False
+        self._pending_state: State = "kept"
+        self._pending_lost: tuple[str, ...] = ()
+        seconds = self._limits.session_seconds
+        self._until = None if seconds is None else time.monotonic() + seconds
+        try:
+            self._greet()
+            self._configure()
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- the contract
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """See `REPLProtocol`."""
+        return self._capabilities
+
+    @property
+    def limits(self) -> Limits:
+        """The session's limits."""
+        return self._limits
+
+    def exec(
+        self,
+        code: str,
+        *,
+        limits: Limits | None = None,
+        read: tuple[str, ...] = (),
+        on_output: Callable[[OutputChunk], None] | None = None,
+    ) -> ExecResult:
+        """See `REPLProtocol.exec`."""
+        if not isinstance(code, str):
+            raise TypeError(f"exec() takes source code as a str, not {type(code).__name__}")
+        if isinstance(read, str):
+            raise TypeError(f"exec(read=...) takes a tuple of names, not one string; write ({read!r},)")
+        names = [checked_name(name) for name in read]
+        narrowed = self._limits.narrowed(limits)
+        source = code.encode("utf-8", "backslashreplace").decode()  # lone surrogates are not source code
+        with self._call():
+            return self._exec(source, names, narrowed, on_output)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """See `REPLProtocol.get`."""
+        with self._call():
+            end = self._plain_turn(Get(checked_name(name)))
+            return default if end.unknown else _from_guest(end.value)
+
+    def set(self, name: str, value: Any) -> None:
+        """See `REPLProtocol.set`."""
+        checked_name(name)
+        if callable(value):
+            raise TypeError(f"set() sends plain data; to make {name} callable in the guest use bind({name!r}, ...)")
+        encoder = Encoder(max_bytes=self._limits.value_bytes)
+        try:
+            tree = encoder.encode(value)
+        except ValueRefused as exc:
+            raise UnsendableValue(f"{name} cannot be sent: {exc}; send plain data or bind(expose(...))") from None
+        with self._call():
+            self._plain_turn(SetValue(name, tree), encoder.attachments)
+            self._stale = True
+
+    def bind(self, name: str, target: Any, *, inline: bool = False, errors: tuple[type[BaseException], ...] = ()) -> None:
+        """See `REPLProtocol.bind`."""
+        checked_name(name)
+        binding = _Binding(target, inline, errors)
+        with self._call():
+            self._bind(name, binding)
+            self._bindings[name] = binding
+            self._stale = True
+
+    def names(self) -> dict[str, str]:
+        """See `REPLProtocol.names`."""
+        with self._call():
+            value = self._plain_turn(Names()).value
+            if type(value) is not dict or not all(type(item) is str for pair in value.items() for item in pair):
+                raise ProtocolViolation("the guest's list of names is malformed")
+            return {key[:200]: text[:400] for key, text in value.items()}
+
+    def interrupt(self) -> None:
+        """See `REPLProtocol.interrupt`."""
+        if self._running:
+            self._interrupted = True
+            self._wake.wake()
+
+    def reset(self) -> None:
+        """See `REPLProtocol.reset`."""
+        with self._call():
+            try:
+                self._await_protection()
+                self._guest.recover(fresh=True)
+                self._greet()
+                self._set_up_again()
+            except GuestLost:
+                self._rebuild()
+
+    def close(self) -> None:
+        """See `REPLProtocol.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        self.interrupt()
+        # A running call ends its turn and sees that the session is closed; its guest is freed there.
+        if self._lock.acquire(timeout=0):
+            try:
+                self._free()
+            finally:
+                self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    # ---- one call at a time
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise SessionBusy("the session is running another call; wait for it, or use one session per thread")
+        try:
+            self._check_open()
+            yield
+        finally:
+            if self._closed:
+                self._free()
+            self._lock.release()
+
+    def _check_open(self) -> None:
+        if not self._closed and self._until is not None and time.monotonic() >= self._until:
+            self._close_reason = f"the session reached session_seconds={self._limits.session_seconds:g}"
+            self._closed = True
+        if self._closed:
+            raise SessionClosed(f"{self._close_reason}; open a new one")
+
+    def _free(self) -> None:
+        if not self._freed:
+            self._freed = True
+            self._guest.close()
+            self._pool.close()
+            self._wake.close()
+
+    # ---- turns
+
+    def _turn(
+        self, limits: Limits, capture: Capture, message: Message, attachments: list[Attachment], fds: tuple[int, ...]
+    ) -> TurnEnd:
+        turn = Turn(self._guest, self._handles, self._pool, self._wake, limits, capture, lambda: self._interrupted, self._until)
+        self._interrupted = self._closed
+        self._running = True
+        try:
+            return turn.run(message, attachments, fds)
+        finally:
+            self._running = False
+            self._interrupted = False
+
+    def _plain_turn(self, message: Message, attachments: list[Attachment] | None = None, fds: tuple[int, ...] = ()) -> TurnEnd:
+        """A turn that is not a cell: what goes wrong is raised."""
+        self._prepare()
+        capture = Capture(0)
+        end = self._turn_or_lost(self._limits, capture, message, attachments or [], fds)
+        if end.kind == "done":
+            self._note_names(end)
+            self._guest.stop()
+            if end.host_interrupted:
+                raise KeyboardInterrupt
+            if end.hit is not None:
+                raise LimitExceeded(end.hit.kind, end.hit.limit, end.hit.observed)
+            if end.failure is not None:
+                raise GuestError(*end.failure)
+            return end
+        if self._setting_up:
+            raise GuestLost(f"setting up a fresh guest failed ({end.detail or _how_it_died(end.death)})")
+        state, lost, death = self._recover(end)
+        self._pending_state, self._pending_lost = _worse(self._pending_state, state), (*self._pending_lost, *lost)
+        raise self._killed(end, state, death)
+
+    def _killed(self, end: TurnEnd, state: State, death: Death) -> BaseException:
+        if end.host_interrupted:
+            return KeyboardInterrupt()
+        if end.hit is not None:
+            return LimitExceeded(end.hit.kind, end.hit.limit, end.hit.observed)
+        if end.kind == "violation":
+            return ProtocolViolation(f"the guest broke the protocol ({end.detail}) and was killed; the session's state is {state}")
+        return GuestCrashed(
+            f"the guest {_how_it_died(death)}; the session's state is {state}", exit_status=death.status, state=state
+        )
+
+    def _turn_or_lost(
+        self, limits: Limits, capture: Capture, message: Message, attachments: list[Attachment], fds: tuple[int, ...] = ()
+    ) -> TurnEnd:
+        try:
+            return self._turn(limits, capture, message, attachments, fds)
+        except GuestLost as exc:
+            return TurnEnd("died", detail=str(exc))
+
+    def _exec(self, code: str, read: list[str], limits: Limits, on_output: Callable[[OutputChunk], None] | None) -> ExecResult:
+        self._prepare(protect=True)
+        self._cell += 1
+        protected = self._protected
+        capture = Capture(limits.output_bytes, on_output)
+        encoder = Encoder()
+        started, cpu_before = time.monotonic(), self._guest.cpu_seconds()
+        end = self._turn_or_lost(limits, capture, Exec(self._cell, code, read, limits.output_bytes), encoder.attachments)
+        death, peak, cpu_after = end.death, None, None
+        state, lost = self._pending_state, self._pending_lost
+        self._pending_state, self._pending_lost = "kept", ()
+        if end.kind == "done":
+            if end.failure is not None and end.failure[0] == "MemoryError":
+                peak = self._guest.peak_memory_mb()
+            cpu_after = self._guest.cpu_seconds()
+            self._note_names(end)
+            self._protect()
+        else:
+            new_state, new_lost, death = self._recover(end)
+            state, lost = _worse(state, new_state), (*lost, *new_lost)
+            peak, cpu_after = death.peak_memory_mb, death.cpu_seconds
+        if end.host_interrupted:
+            raise KeyboardInterrupt
+        usage = Usage(
+            time_seconds=end.turn_seconds,
+            wall_seconds=time.monotonic() - started,
+            cpu_seconds=None if cpu_after is None or cpu_before is None else max(0.0, cpu_after - cpu_before),
+            memory_mb=peak,
+            output_bytes=capture.total,
+            host_calls=end.host_calls,
+        )
+        return self._result(end, capture, death, peak, state, lost, usage, protected)
+
+    def _result(
+        self,
+        end: TurnEnd,
+        capture: Capture,
+        death: Death,
+        peak: float | None,
+        state: State,
+        lost: tuple[str, ...],
+        usage: Usage,
+        protected: bool,
+    ) -> ExecResult:
+        outcome, error, hit = self._judge(end, death, peak)
+        return ExecResult(
+            outcome=outcome,
+            stdout=capture.text("stdout"),
+            stderr=capture.text("stderr"),
+            value=end.value if type(end.value) is str and outcome == "ok" else None,
+            error=error,
+            traceback=(end.failure[2] or None) if end.failure is not None else None,
+            limit=hit,
+            state=state,
+            lost_names=lost,
+            dropped_bytes=capture.dropped,
+            read={name: _from_guest(value) for name, value in end.read.items() if type(name) is str},
+            usage=usage,
+            protected=protected,
+        )
+
+    def _judge(self, end: TurnEnd, death: Death, peak: float | None) -> tuple[Outcome, str | None, LimitHit | None]:
+        """What the cell came to, from what the host saw; the guest's words only fill in the message."""
+        if end.hit is not None:
+            return (
+                "limit",
+                f"TimeLimit: the cell hit {end.hit.kind}={end.hit.limit:g}"
+                if "seconds" in end.hit.kind
+                else (f"LimitExceeded: the cell hit {end.hit.kind}={end.hit.limit:g}"),
+                end.hit,
+            )
+        if end.interrupted:
+            return "interrupted", "KeyboardInterrupt: the cell was interrupted", None
+        if end.kind == "violation":
+            return "violation", f"ProtocolViolation: the guest broke the protocol ({end.detail})", None
+        if end.kind in ("died", "killed"):
+            return "crashed", f"GuestCrashed: the guest {_how_it_died(death)}", None
+        if end.failure is None:
+            return "ok", None, None
+        type_name, message, _ = end.failure
+        text = f"{type_name}: {message}" if message else type_name
+        if type_name == "MemoryError" and self._limits.memory_mb is not None:
+            # Without a cgroup the kernel only refuses the allocation; that it was this limit is the guest's word.
+            return "limit", text, LimitHit("memory_mb", self._limits.memory_mb, peak, "guest")
+        return "error", text, None
+
+    def _note_names(self, end: TurnEnd) -> None:
+        if end.names is not None:
+            self._known_names = [name[:200] for name in end.names[:10_000]]
+
+    # ---- bindings
+
+    def _configure(self) -> None:
+        value_bytes = self._limits.value_bytes
+        frame = (1 << 40) if value_bytes is None else value_bytes + FRAME_OVERHEAD // 2
+        self._plain_turn(Configure(self._limits.output_bytes, frame, self._config.setup))
+
+    def _bind(self, name: str, binding: _Binding) -> None:
+        target = binding.target
+        whole = isinstance(target, WholeText)
+        context = target.context if isinstance(target, WholeText) else target
+        if isinstance(context, Context) and (self._guest.maps_contexts or whole):
+            self._bind_text(name, context, whole=whole)
+            return
+        mark = self._handles.mark()
+        kind, reference = self._handles.add(name, target, inline=binding.inline, errors=binding.errors)
+        message = BindObject(
+            name,
+            reference.handle,
+            kind,
+            reference.type_name,
+            list(reference.methods),
+            list(reference.attributes),
+            list(reference.operators),
+        )
+        try:
+            self._plain_turn(message)
+        except BaseException:
+            self._handles.drop_since(mark)
+            raise
+
+    def _bind_text(self, name: str, context: Context, *, whole: bool) -> None:
+        stored = context.memory_file()
+        encoder = Encoder()
+        spans = encoder.encode(array("Q", context.spans).tobytes())
+        meta = encoder.encode(context.added_metadata)
+        message = BindText(name, whole, stored.chars, stored.width, stored.ascii_only, spans, meta)
+        self._prepare()
+        self._guest.grow_address_space(os.fstat(stored.fd).st_size + (1 << 20))
+        # A description of the session's own: the host's has an offset, which sessions would share.
+        fd = os.open(f"/proc/self/fd/{stored.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._plain_turn(message, encoder.attachments, (fd,))
+        finally:
+            os.close(fd)
+
+    # ---- recovery
+
+    def _greet(self) -> None:
+        Turn(self._guest, self._handles, self._pool, self._wake, self._limits, Capture(0), lambda: False, None).expect_hello(
+            _HELLO_SECONDS
+        )
+
+    def _protect(self) -> None:
+        """Begin to make a standby of the present state; the worker is stopped when it is there."""
+        self._protected, self._stale = False, False
+        if not self._config.recovery:
+            self._guest.stop()
+            return
+        try:
+            self._guest.request_protection()
+            for buffer in dump_frame(dump_message(Protect()), [], max_bytes=1 << 20):
+                self._guest.data.sendall(buffer)
+            self._protecting = True
+        except (GuestLost, OSError):
+            self._guest.stop()
+
+    def _await_protection(self) -> None:
+        """Wait for the standby that is being made."""
+        if not self._protecting:
+            return
+        self._protecting = False
+        poll = select.poll()
+        poll.register(self._guest.control_fd, select.POLLIN)
+        until = time.monotonic() + _PROTECT_SECONDS
+        while (left := until - time.monotonic()) > 0 and poll.poll(left * 1000):
+            report = self._guest.report()
+            if report is None:
+                continue
+            if report.kind == "died":
+                self._recover_between(report.death)
+                return
+            self._protected = report.kind == "protected"
+            return
+        raise GuestLost("the supervisor did not answer")
+
+    def _prepare(self, *, protect: bool = False) -> None:
+        """Before a turn: finish the standby, notice what died meanwhile, drop what was printed between turns."""
+        try:
+            self._await_protection()
+            report = self._guest.report()
+            while report is not None:
+                if report.kind == "died":
+                    self._recover_between(report.death)
+                elif report.kind == "unprotected":
+                    self._protected = False
+                report = self._guest.report()
+            if protect and self._stale and self._config.recovery:
+                self._guest.wake()
+                self._protect()
+                self._await_protection()
+        except GuestLost:
+            if self._setting_up:
+                raise
+            self._lose()
+        self._drop_stray_output()
+
+    def _drop_stray_output(self) -> None:
+        for fd in self._guest.outputs:
+            for _ in range(64):
+                try:
+                    if not os.read(fd, 1 << 16):
+                        break
+                except OSError:
+                    break
+
+    def _recover_between(self, death: Death) -> None:
+        """The worker died between turns. The next result says what became of the state."""
+        state, lost, _ = self._recover(TurnEnd("died", death=death))
+        self._pending_state, self._pending_lost = _worse(self._pending_state, state), (*self._pending_lost, *lost)
+
+    def _recover(self, end: TurnEnd) -> tuple[State, tuple[str, ...], Death]:
+        """After a kill: the standby, else a fresh worker with setup and bindings, else a whole new guest."""
+        had_standby, self._protected, self._protecting = self._protected, False, False
+        lost = tuple(self._known_names)
+        try:
+            recovery = self._guest.recover(fresh=not had_standby)
+            self._greet()
+            death = recovery.death if recovery.death.status is not None else end.death
+            if recovery.state == "restored":
+                self._protect()
+                return "restored", (), death
+            self._set_up_again()
+        except GuestLost as exc:
+            log.warning("a guest was lost: %s", exc)
+            self._rebuild()
+            return "lost", lost, end.death
+        return "lost", lost, death
+
+    def _lose(self) -> None:
+        """The guest is gone between turns. The next result says so."""
+        lost = tuple(self._known_names)
+        self._rebuild()
+        self._pending_state, self._pending_lost = "lost", (*self._pending_lost, *lost)
+
+    def _rebuild(self) -> None:
+        """A whole new guest, set up. If that fails the session is over."""
+        self._guest.close()
+        try:
+            self._guest = self._start()
+            self._greet()
+            self._set_up_again()
+        except Exception as exc:
+            self._closed = True
+            self._close_reason = "the session could not be rebuilt after a failure"
+            raise SessionClosed(f"{self._close_reason}; open a new one") from exc
+
+    def _set_up_again(self) -> None:
+        """Setup and bindings in a fresh guest. Raises `GuestLost` if the guest does not live through it."""
+        self._known_names = []
+        self._handles = HandleTable()
+        self._protected = self._protecting = False
+        self._stale = True
+        self._setting_up = True
+        try:
+            self._configure()
+            for name, binding in self._bindings.items():
+                self._bind(name, binding)
+        finally:
+            self._setting_up = False
+
+
+def _worse(first: State, second: State) -> State:
+    order: tuple[State, ...] = ("kept", "restored", "lost")
+    return max(first, second, key=order.index)
+
+
+def _how_it_died(death: Death) -> str:
+    if death.why:
+        return f"was killed: {death.why}"
+    if death.status is None:
+        return "died"
+    if os.WIFSIGNALED(death.status):
+        number = os.WTERMSIG(death.status)
+        try:
+            return f"was killed by {signal.Signals(number).name}"
+        except ValueError:
+            return f"was killed by signal {number}"
+    return f"exited with status {os.WEXITSTATUS(death.status)}"
+
+
+def _from_guest(value: Any) -> Any:
+    """A decoded guest value with the codec's own types turned into the contract's."""
+    if type(value) is OpaqueValue:
+        return Opaque(value.type_name, value.repr)
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(_from_guest(item) for item in value)
+    if type(value) is dict:
+        return {_from_guest(key): _from_guest(item) for key, item in value.items()}
+    return value

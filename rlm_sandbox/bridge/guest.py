@@ -1,0 +1,89 @@
+"""`Guest`: the life of a framed guest process, apart from the conversation with it. One implementation per technique."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ..results import Stream
+
+__all__ = ("Death", "Guest", "GuestLost", "Recovery", "Report")
+
+
+class GuestLost(Exception):
+    """The guest cannot be recovered or reached any more; the session is over or must be rebuilt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a worker ended, as the kernel told. ``status`` is a wait status; times in seconds, memory in MiB."""
+
+    status: int | None = None
+    cpu_seconds: float | None = None
+    peak_memory_mb: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Something the supervisor said unasked or in answer to a ticket."""
+
+    kind: Literal["died", "protected", "unprotected"]
+    death: Death = Death()
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """After a kill: ``restored`` from the standby, or a ``fresh`` and empty worker."""
+
+    state: Literal["restored", "fresh"]
+    death: Death
+
+
+class Guest(Protocol):
+    """A guest that speaks frames. Signals and kills come from outside; nothing here waits for guest code."""
+
+    data: socket.socket
+    """The present worker's data channel, non-blocking. Replaced by `recover`."""
+    maps_contexts: bool
+    """Whether a context's memory file can be sent along with a frame."""
+
+    @property
+    def outputs(self) -> Mapping[int, Stream]:
+        """Descriptors that carry what the guest prints, non-blocking."""
+
+    @property
+    def control_fd(self) -> int:
+        """Readable when `report` has something."""
+
+    def report(self) -> Report | None:
+        """The next report, or None if there is none now. Raises `GuestLost` at the end of the supervisor."""
+
+    def wake(self) -> None:
+        """Let the worker run: a turn begins."""
+
+    def stop(self) -> None:
+        """Stop the worker: a turn has ended, nothing of it runs uncounted."""
+
+    def interrupt(self) -> None:
+        """Ask the worker's main thread to end the cell (KeyboardInterrupt)."""
+
+    def cpu_seconds(self) -> float | None:
+        """CPU time of the present worker so far, measured from outside."""
+
+    def peak_memory_mb(self) -> float | None:
+        """Peak resident memory of the present worker, measured from outside."""
+
+    def grow_address_space(self, size: int) -> None:
+        """Make room for a mapping of ``size`` bytes beside the memory limit."""
+
+    def request_protection(self) -> None:
+        """Grant the ticket for one standby. The caller then tells the worker to fork, and waits for a report."""
+
+    def recover(self, *, fresh: bool) -> Recovery:
+        """Kill the worker, and have the standby or an empty worker in its place. Raises `GuestLost` if that fails."""
+
+    def close(self) -> None:
+        """End everything of the guest. Idempotent; never raises."""

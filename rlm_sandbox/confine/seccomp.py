@@ -1,0 +1,200 @@
+"""Seccomp filters: an allow-list as data, and the classic BPF program made of it.
+
+Everything that is not named here fails with EPERM. The argument rules close the holes that were used against
+prototypes of this jail; ``facts`` beside each rule say which. x86-64 only; x32 and foreign architectures are killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ("NUMBERS", "SUPERVISOR", "WORKER", "Arg", "Rule", "build_filter")
+
+_AUDIT_ARCH_X86_64: Final = 0xC000003E
+_X32_BIT: Final = 0x40000000
+
+_RET_KILL_PROCESS: Final = 0x80000000
+_RET_ERRNO: Final = 0x00050000
+_RET_USER_NOTIF: Final = 0x7FC00000
+_RET_ALLOW: Final = 0x7FFF0000
+
+_LD_W_ABS: Final = 0x20
+_ALU_AND_K: Final = 0x54
+_JEQ_K: Final = 0x15
+_JGE_K: Final = 0x35
+_RET_K: Final = 0x06
+
+
+@dataclass(frozen=True, slots=True)
+class Arg:
+    """Argument ``index`` (0 to 5), and-ed with ``mask``, must be one of ``values``. ``wide`` compares all 64 bits with 0."""
+
+    index: int
+    values: tuple[int, ...]
+    mask: int = 0xFFFFFFFF
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What happens to a system call: allowed if each of ``args`` holds, else EPERM. ``action`` may ask the supervisor."""
+
+    action: int = _RET_ALLOW
+    args: tuple[Arg, ...] = ()
+
+
+_ALLOW: Final = Rule()
+_ASK: Final = Rule(_RET_USER_NOTIF)
+#: glibc falls back to clone, whose flags a filter can read; clone3 passes them in memory, which it cannot.
+_ABSENT: Final = Rule(_RET_ERRNO | errno.ENOSYS)
+
+#: The exact flags with which glibc and musl make a thread.
+_THREAD_FLAGS: Final = (0x3D0F00, 0x7D0F00)
+#: What glibc's fork passes: CLONE_CHILD_CLEARTID | CLONE_CHILD_SETTID | SIGCHLD.
+_FORK_FLAGS: Final = (0x01200011, 0x11)
+
+_PLAIN: Final = """
+    read write readv writev pread64 pwrite64 preadv pwritev lseek close dup dup2 dup3 pipe pipe2
+    open openat stat lstat fstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getdents64 getcwd
+    chdir fchdir msync ftruncate truncate fallocate fsync fdatasync rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat link
+    linkat symlink symlinkat chmod fchmod fchmodat utimensat umask sendfile copy_file_range
+    mprotect munmap mremap brk
+    poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2
+    sendto recvfrom sendmsg recvmsg shutdown getsockopt getsockname getpeername
+    futex set_robust_list get_robust_list rseq membarrier
+    clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getrusage
+    getpid getppid gettid getuid geteuid getgid getegid getgroups getresuid getresgid getpgrp getpgid getsid uname sysinfo
+    getrandom getrlimit getcpu sched_yield sched_getaffinity
+    rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack alarm setitimer getitimer pause
+    exit exit_group wait4 waitid restart_syscall
+""".split()
+
+#: The worker: what a CPython without files of the host, network and children needs.
+WORKER: Final[dict[str, Rule]] = {
+    **dict.fromkeys(_PLAIN, _ALLOW),
+    # No GROWSDOWN or HUGETLB, and no SHARED together with ANONYMOUS: RLIMIT_DATA does not count them.
+    "mmap": Rule(args=(Arg(3, (0x00, 0x01, 0x20), mask=0x21), Arg(3, (0,), mask=0x40100))),
+    # Ordinary advice only: DONTFORK and WIPEONFORK would sabotage the standby, REMOVE and HWPOISON reach beyond it.
+    "madvise": Rule(args=(Arg(2, (0, 1, 2, 3, 4, 8, 14, 15)),)),
+    # F_SETOWN with F_SETSIG(SIGKILL) kills a sibling where kill() is refused; F_SETPIPE_SZ pins 30 MB of kernel memory.
+    # Allowed: DUPFD, GETFD, SETFD, GETFL, SETFL, GETLK, SETLK, SETLKW, DUPFD_CLOEXEC, GETPIPE_SZ.
+    "fcntl": Rule(args=(Arg(1, (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)),)),
+    # TCGETS (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIOCLEX, FIONCLEX; not FIOSETOWN or SIOCSPGRP (as F_SETOWN).
+    "ioctl": Rule(args=(Arg(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),)),
+    # Reading one's own limits. Setting them, or another's: prlimit(1, RLIMIT_CPU, 0) kills the supervisor.
+    "prlimit64": Rule(args=(Arg(0, (0,)), Arg(2, (0,), wide=True))),
+    # PR_SET_NAME and PR_GET_NAME: not PDEATHSIG, DUMPABLE or SUBREAPER.
+    "prctl": Rule(args=(Arg(0, (15, 16)),)),
+    # A stream pair for asyncio's self-pipe. socket() itself is not here: no network, no unix path.
+    "socketpair": Rule(args=(Arg(0, (1,)), Arg(1, (1,), mask=0xFFF7F7FF))),
+    # Threads. Processes only with the supervisor's word, which it gives to the runner between cells.
+    "clone": _ASK,
+    "fork": _ASK,
+    "vfork": _ASK,
+    "clone3": _ABSENT,
+    "setpgid": _ASK,
+    # Signals to oneself; never to the supervisor or the standby.
+    "kill": _ASK,
+    "tgkill": _ASK,
+}
+
+#: The supervisor, which never runs cell code; the worker inherits this filter too, so it must contain the worker's.
+SUPERVISOR: Final[dict[str, Rule]] = {
+    **WORKER,
+    **dict.fromkeys(
+        [
+            "clone",
+            "kill",
+            "tgkill",
+            "setpgid",
+            "ioctl",
+            "fcntl",
+            "prctl",
+            "seccomp",
+            "pidfd_open",
+            "pidfd_send_signal",
+            "close_range",
+            "prlimit64",
+        ],
+        _ALLOW,
+    ),
+    "clone": Rule(args=(Arg(0, (*_FORK_FLAGS, *_THREAD_FLAGS)),)),
+    "fork": _ALLOW,
+    "vfork": Rule(_RET_ERRNO | errno.EPERM),
+    "socketpair": Rule(args=(Arg(0, (1,)),)),
+    "setsockopt": _ALLOW,
+}
+
+NUMBERS: Final[dict[str, int]] = {
+    "read": 0, "write": 1, "open": 2, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8, "mmap": 9,
+    "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "ioctl": 16,
+    "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "access": 21, "pipe": 22, "select": 23, "sched_yield": 24,
+    "mremap": 25, "msync": 26, "madvise": 28, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35, "getitimer": 36, "alarm": 37,
+    "setitimer": 38, "getpid": 39, "sendfile": 40, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48,
+    "getsockname": 51, "getpeername": 52, "socketpair": 53, "setsockopt": 54, "getsockopt": 55, "clone": 56, "fork": 57,
+    "vfork": 58, "exit": 60, "wait4": 61, "kill": 62, "uname": 63, "fcntl": 72, "fsync": 74, "fdatasync": 75, "truncate": 76,
+    "ftruncate": 77, "getcwd": 79, "chdir": 80, "fchdir": 81, "rename": 82, "mkdir": 83, "rmdir": 84, "link": 86, "unlink": 87,
+    "symlink": 88, "readlink": 89, "chmod": 90, "fchmod": 91, "umask": 95, "gettimeofday": 96, "getrlimit": 97, "getrusage": 98,
+    "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "setpgid": 109, "getppid": 110,
+    "getpgrp": 111, "getgroups": 115, "getresuid": 118, "getresgid": 120, "getpgid": 121, "getsid": 124, "rt_sigpending": 127,
+    "rt_sigtimedwait": 128, "rt_sigsuspend": 130, "sigaltstack": 131, "statfs": 137, "fstatfs": 138, "prctl": 157, "gettid": 186,
+    "time": 201, "futex": 202, "sched_getaffinity": 204, "getdents64": 217, "restart_syscall": 219, "clock_gettime": 228,
+    "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "tgkill": 234,
+    "waitid": 247, "openat": 257, "mkdirat": 258, "newfstatat": 262, "unlinkat": 263, "renameat": 264, "linkat": 265,
+    "symlinkat": 266, "readlinkat": 267, "fchmodat": 268, "faccessat": 269, "pselect6": 270, "ppoll": 271,
+    "set_robust_list": 273, "get_robust_list": 274, "utimensat": 280, "epoll_pwait": 281, "fallocate": 285, "eventfd2": 290,
+    "epoll_create1": 291, "dup3": 292, "pipe2": 293, "preadv": 295, "pwritev": 296, "prlimit64": 302, "getcpu": 309,
+    "renameat2": 316, "seccomp": 317, "getrandom": 318, "membarrier": 324, "copy_file_range": 326, "statx": 332, "rseq": 334,
+    "pidfd_send_signal": 424, "pidfd_open": 434, "clone3": 435, "close_range": 436, "faccessat2": 439,
+}  # fmt: skip
+
+
+def _instruction(code: int, k: int, jump_true: int = 0, jump_false: int = 0) -> bytes:
+    return struct.pack("<HBBI", code, jump_true, jump_false, k)
+
+
+def _check_arg(arg: Arg) -> list[bytes]:
+    """Instructions that fall through if the argument is allowed and otherwise return EPERM."""
+    low = 16 + 8 * arg.index
+    deny = _instruction(_RET_K, _RET_ERRNO | errno.EPERM)
+    if arg.wide:
+        return [
+            _instruction(_LD_W_ABS, low), _instruction(_JEQ_K, 0, 1, 0), deny,
+            _instruction(_LD_W_ABS, low + 4), _instruction(_JEQ_K, 0, 1, 0), deny,
+        ]  # fmt: skip
+    code = [_instruction(_LD_W_ABS, low)]
+    if arg.mask != 0xFFFFFFFF:
+        code.append(_instruction(_ALU_AND_K, arg.mask))
+    count = len(arg.values)
+    # Each comparison jumps over the rest and the denial when it matches.
+    code += [_instruction(_JEQ_K, value, count - position, 0) for position, value in enumerate(arg.values)]
+    code.append(deny)
+    return code
+
+
+def build_filter(rules: dict[str, Rule]) -> bytes:
+    """The BPF program for an allow-list. Thread-making clones are allowed where ``clone`` asks the supervisor."""
+    program = [
+        _instruction(_LD_W_ABS, 4),
+        _instruction(_JEQ_K, _AUDIT_ARCH_X86_64, 1, 0),
+        _instruction(_RET_K, _RET_KILL_PROCESS),
+        _instruction(_LD_W_ABS, 0),
+        _instruction(_JGE_K, _X32_BIT, 0, 1),
+        _instruction(_RET_K, _RET_KILL_PROCESS),
+    ]
+    for name, rule in rules.items():
+        body = [instruction for arg in rule.args for instruction in _check_arg(arg)]
+        if name == "clone" and rule.action == _RET_USER_NOTIF:
+            # The flags are in a register, so the exact thread masks can be let through without asking.
+            body += [
+                _instruction(_LD_W_ABS, 16),
+                *(_instruction(_JEQ_K, flags, 0, 1) + _instruction(_RET_K, _RET_ALLOW) for flags in _THREAD_FLAGS),
+            ]
+        body.append(_instruction(_RET_K, rule.action))
+        length = sum(len(part) for part in body) // 8
+        program += [_instruction(_JEQ_K, NUMBERS[name], 0, length), *body]
+    program.append(_instruction(_RET_K, _RET_ERRNO | errno.EPERM))
+    return b"".join(program)

@@ -1,0 +1,152 @@
+"""The order of confinement. Each list is read from top to bottom; the first step that fails aborts the session.
+
+The supervisor's steps run in a fresh child of the zygote, the worker's in a fresh child of the supervisor. No step
+weakens or skips another, and none has a fallback.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from . import _syscalls_unsafe as raw
+from . import seccomp
+
+__all__ = ("GUEST_ID", "SessionConfinement", "confine_supervisor", "confine_worker")
+
+#: User and group id a guest sees as its own.
+GUEST_ID: Final = 1000
+#: tmpfs inodes per MiB of disk: an empty file costs kernel memory too.
+_INODES_PER_MB: Final = 256
+_MAX_DESCRIPTORS: Final = 256
+#: Address space beyond memory and contexts: code, stacks, arenas and reservations that hold no data.
+_ADDRESS_SPACE_SLACK_MB: Final = 1024
+_MB: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfinement:
+    """What the supervisor's steps need to know. Sizes in MiB; None is unlimited.
+
+    ``kernel_id``: the uid and gid, in the zygote's user namespace, that this session runs as; None keeps the zygote's,
+    which on an ordinary user's host is that user. ``base_data``, ``base_address_space``: bytes the zygote itself uses.
+    """
+
+    kernel_id: int | None
+    memory_mb: int | None
+    disk_mb: int | None
+    tasks: int | None
+    base_data: int
+    base_address_space: int
+
+
+def _own_kernel_id(plan: SessionConfinement) -> None:
+    if plan.kernel_id is None:
+        return
+    os.setgroups([])
+    os.setresgid(plan.kernel_id, plan.kernel_id, plan.kernel_id)
+    os.setresuid(plan.kernel_id, plan.kernel_id, plan.kernel_id)
+
+
+def _own_namespaces(_plan: SessionConfinement) -> None:
+    raw.unshare(raw.CLONE_NEWUSER | raw.CLONE_NEWNS | raw.CLONE_NEWIPC | raw.CLONE_NEWUTS | raw.CLONE_NEWNET)
+
+
+def _map_ids(plan: SessionConfinement, proc: int) -> None:
+    outer = plan.kernel_id or 0
+    raw.prctl(raw.PR_SET_DUMPABLE, 1)  # the files below belong to the process only while it is dumpable
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{GUEST_ID} {outer} 1"), ("gid_map", f"{GUEST_ID} {outer} 1")):
+        fd = os.open(f"self/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+
+
+def _private_tmp(plan: SessionConfinement) -> None:
+    flags = raw.MS_NOSUID | raw.MS_NODEV | raw.MS_NOEXEC
+    if plan.disk_mb == 0:
+        raw.mount("tmpfs", "/tmp", "tmpfs", flags | raw.MS_RDONLY, "size=4k,nr_inodes=2")  # noqa: S108
+    elif plan.disk_mb is None:
+        raw.mount("tmpfs", "/tmp", "tmpfs", flags, "mode=0700")  # noqa: S108
+    else:
+        inodes = plan.disk_mb * _INODES_PER_MB
+        raw.mount("tmpfs", "/tmp", "tmpfs", flags, f"size={plan.disk_mb}m,nr_inodes={inodes},mode=0700")  # noqa: S108
+    os.chdir("/tmp")  # noqa: S108
+
+
+def _neutral_hostname(_plan: SessionConfinement) -> None:
+    raw.set_hostname("sandbox")
+
+
+def _no_privileges(_plan: SessionConfinement) -> None:
+    raw.drop_capabilities()
+    raw.prctl(raw.PR_SET_NO_NEW_PRIVS, 1)
+    raw.prctl(raw.PR_SET_DUMPABLE, 0)
+
+
+def _resource_limits(plan: SessionConfinement) -> None:
+    hard: list[tuple[int, int]] = [
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, _MAX_DESCRIPTORS),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_SIGPENDING, 256),
+        (resource.RLIMIT_NICE, 0),
+        (resource.RLIMIT_RTPRIO, 0),
+        (resource.RLIMIT_STACK, 8 * _MB),
+    ]
+    if plan.disk_mb is not None:
+        hard.append((resource.RLIMIT_FSIZE, plan.disk_mb * _MB))
+    if plan.tasks is not None:
+        hard.append((resource.RLIMIT_NPROC, plan.tasks + 2))  # the supervisor and the standby
+    if plan.memory_mb is not None:
+        hard.append((resource.RLIMIT_DATA, plan.base_data + plan.memory_mb * _MB))
+    for which, value in hard:
+        resource.setrlimit(which, (value, value))
+    if plan.memory_mb is not None:
+        # The hard limit stays open so that the host, and only the host, can add the size of a mapped context: seccomp
+        # refuses a guest every prlimit that sets something.
+        soft = plan.base_address_space + (plan.memory_mb + _ADDRESS_SPACE_SLACK_MB) * _MB
+        resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+
+
+def _supervisor_filter(_plan: SessionConfinement) -> None:
+    raw.install_filter(seccomp.build_filter(seccomp.SUPERVISOR), listener=False)
+
+
+def confine_supervisor(plan: SessionConfinement, proc: int) -> None:
+    """Confine this process, a fresh child of the zygote and pid 1 of its own pid namespace.
+
+    Args:
+        plan: what to enforce.
+        proc: a descriptor of a procfs that shows this process; closed before the guest begins.
+
+    Raises:
+        OSError: a step failed; the caller must end the process.
+    """
+    steps: list[Callable[[SessionConfinement], None]] = [
+        _own_kernel_id,
+        _own_namespaces,
+        lambda plan: _map_ids(plan, proc),
+        lambda _plan: os.close(proc),
+        _private_tmp,
+        _neutral_hostname,
+        _resource_limits,
+        _no_privileges,
+        _supervisor_filter,
+    ]
+    for step in steps:
+        step(plan)
+
+
+def confine_worker() -> int:
+    """The last step before cell code: the worker's own filter. Returns the descriptor of its notifier, for the supervisor.
+
+    Raises:
+        OSError: the kernel refuses; the caller must end the process.
+    """
+    return raw.install_filter(seccomp.build_filter(seccomp.WORKER), listener=True)

@@ -1,0 +1,121 @@
+"""The guest's file tree: a read-only standard library at a neutral path, three devices, and nothing of the host.
+
+Built once per launcher on a tmpfs, then pivoted into. Everything is a read-only bind mount, so sessions share it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import sysconfig
+from typing import Final
+
+from . import _syscalls_unsafe as raw
+
+__all__ = ("GUEST_ARCHIVE", "GUEST_PYTHON", "build", "guest_command")
+
+GUEST_PYTHON: Final = "/usr/bin/python3"
+GUEST_ARCHIVE: Final = "/usr/lib/rlm_guest.zip"
+_GUEST_LIBRARIES: Final = "/usr/lib/so"
+
+#: Extension modules that bring shared libraries of their own; imported so that the loader names them.
+_LIBRARY_BEARERS: Final = (
+    "zlib", "_bz2", "_lzma", "_ctypes", "_decimal", "_hashlib", "_ssl", "_sqlite3", "_uuid", "pyexpat", "_elementtree", "_socket",
+)  # fmt: skip
+#: Directories of the standard library that hold what the host installed, or nothing a guest can use.
+_HIDDEN: Final = ("site-packages", "dist-packages", "ensurepip", "test", "idlelib", "tkinter", "turtledemo")
+_DEVICES: Final = ("null", "zero", "urandom", "random")
+
+
+def _libraries() -> dict[str, str]:
+    """Shared libraries by the name the loader looks for, with the path they were found at."""
+    for name in _LIBRARY_BEARERS:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue  # this interpreter was built without it, and so is the guest
+    dynload = os.path.join(sysconfig.get_path("stdlib"), "lib-dynload")
+    found: dict[str, str] = {}
+    for path in raw.loaded_libraries():
+        if path.startswith("/") and not path.startswith(dynload):
+            found[os.path.basename(path)] = os.path.realpath(path)
+    # glibc opens it by name when a thread is cancelled.
+    libc = next((path for name, path in found.items() if name.startswith("libc.so")), "")
+    gcc = os.path.join(os.path.dirname(libc), "libgcc_s.so.1")
+    if libc and os.path.exists(gcc):
+        found["libgcc_s.so.1"] = os.path.realpath(gcc)
+    return found
+
+
+def _loader(libraries: dict[str, str]) -> str:
+    for name in libraries:
+        if name.startswith(("ld-linux", "ld64", "ld-musl", "ld.so")):
+            return name
+    raise OSError("the interpreter is not dynamically linked: its loader was not found")
+
+
+def guest_command(libraries: dict[str, str], *args: str) -> list[str]:
+    """The command that starts the guest's interpreter inside the tree. By way of the loader: no environment is needed."""
+    return [
+        f"{_GUEST_LIBRARIES}/{_loader(libraries)}", "--library-path", _GUEST_LIBRARIES, GUEST_PYTHON,
+        "-I", "-S", "-X", "utf8", GUEST_ARCHIVE, *args,
+    ]  # fmt: skip
+
+
+def _bind(source: str, target: str) -> None:
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(target, "xb"):
+            pass
+    raw.mount(source, target, "", raw.MS_BIND | raw.MS_REC)
+
+
+def build(archive: bytes) -> dict[str, str]:
+    """Make the tree the root of this mount namespace, which must be the caller's own. Returns the libraries.
+
+    Raises:
+        OSError: the kernel refuses a step.
+    """
+    libraries = _libraries()
+    stdlib = sysconfig.get_path("stdlib")
+    python = os.path.realpath(sys.executable)
+    guest_stdlib = f"/usr/{sys.platlibdir}/python{sys.version_info.major}.{sys.version_info.minor}"
+    os.umask(0o022)
+    raw.mount("none", "/", "", raw.MS_REC | raw.MS_PRIVATE)
+    root = "/tmp"  # noqa: S108 - any directory that exists everywhere: it is only a mount point in our own namespace
+    # The sources may lie below the mount point: reach them through descriptors opened before it is covered.
+    sources: dict[str, int] = {}
+
+    def opened(path: str) -> str:
+        if path not in sources:
+            sources[path] = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        return f"/proc/self/fd/{sources[path]}"
+
+    wanted = {GUEST_PYTHON: python, guest_stdlib: stdlib}
+    wanted.update({f"{_GUEST_LIBRARIES}/{name}": path for name, path in libraries.items()})
+    wanted.update({f"/dev/{name}": f"/dev/{name}" for name in _DEVICES})
+    if os.path.isdir("/usr/share/zoneinfo"):
+        wanted["/usr/share/zoneinfo"] = "/usr/share/zoneinfo"
+    via = {target: opened(source) for target, source in wanted.items()}
+    raw.mount("tmpfs", root, "tmpfs", raw.MS_NOSUID | raw.MS_NODEV, "size=4m,mode=0755")
+    for directory in ("tmp", "dev", "usr/lib", "empty"):
+        os.makedirs(f"{root}/{directory}", exist_ok=True)
+    with open(f"{root}{GUEST_ARCHIVE}", "xb") as file:
+        file.write(archive)
+    for target, source in via.items():
+        _bind(source, f"{root}{target}")
+    for name in _HIDDEN:
+        hidden = f"{root}{guest_stdlib}/{name}"
+        if os.path.isdir(hidden):
+            raw.mount(f"{root}/empty", hidden, "", raw.MS_BIND)
+    for fd in sources.values():
+        os.close(fd)
+    os.chdir(root)
+    raw.pivot_root(".", ".")
+    raw.umount(".", raw.MNT_DETACH)
+    os.chdir("/")
+    raw.make_read_only("/", recursive=True)
+    return libraries

@@ -1,0 +1,22 @@
+"""Entry point of the guest archive: ``python ARCHIVE launcher|zygote ...``. Becomes its ``__main__.py``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+
+def main() -> int:
+    """Start the program named by the first argument."""
+    program, *numbers = sys.argv[1:]
+    if program == "launcher":
+        launcher = importlib.import_module("rlm_guest.runners.launcher")
+        return int(launcher.main(*map(int, numbers)))
+    if program == "zygote":
+        zygote = importlib.import_module("rlm_guest.runners.zygote")
+        return int(zygote.main(*map(int, numbers)))
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

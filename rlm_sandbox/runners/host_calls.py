@@ -1,0 +1,180 @@
+"""Guest side of host calls: threads that call the host share one channel and one strict turn.
+
+A call joins a queue. Whichever waiting thread finds the channel free becomes the *leader*: it waits a moment for other
+threads' calls, sends them all in one suspension, reads the host's answers and hands them out. So
+``ThreadPoolExecutor.map(llm_query, ...)`` runs in parallel on the host, and a single call costs one round trip.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from ..wire.codec import Attachment, Decoder, Encoder, ValueRefused
+from ..wire.frames import FrameTooLarge
+from ..wire.messages import MAX_CALLS_PER_SUSPENSION, Forget, Message, Resume, Suspend
+
+__all__ = ("HostCallError", "HostCalls", "Transport")
+
+#: How long a leader waits for one more thread to join, and at most in all, if there are other threads.
+_JOIN_SECONDS: Final = 0.0005
+_JOIN_TIMES: Final = 10
+
+
+class HostCallError(Exception):
+    """A host function failed. The message names the function and nothing of the host."""
+
+
+class Transport(Protocol):
+    """What carries frames to the host and back. `receive` blocks."""
+
+    def send(self, message: Message, attachments: list[Attachment]) -> None: ...
+
+    def receive(self) -> tuple[Any, list[Attachment]]: ...
+
+
+class _Call:
+    __slots__ = ("answer", "done", "error", "number", "request")
+
+    def __init__(self, number: int, request: tuple[int, str | None, tuple[Any, ...], dict[str, Any]]) -> None:
+        self.number = number
+        self.request = request
+        self.done = False
+        self.answer: Any = None
+        self.error: BaseException | None = None
+
+
+class HostCalls:
+    """The queue of one worker. ``make_value`` turns handles in answers into proxies."""
+
+    def __init__(
+        self, transport: Transport, load: Callable[[Any, tuple[type[Message], ...]], Message], make_value: Callable[[Any], Any]
+    ) -> None:
+        self._transport = transport
+        self._load = load
+        self._make_value = make_value
+        self._changed = threading.Condition()
+        self._queue: list[_Call] = []
+        self._outstanding: dict[int, _Call] = {}
+        self._leading = False
+        self._open = False
+        self._next = 1
+
+    def begin_cell(self) -> None:
+        """Calls are possible from now on."""
+        with self._changed:
+            self._open = True
+
+    def end_cell(self) -> None:
+        """Wait for the channel, then fail every call still waiting: the turn ends now."""
+        with self._changed:
+            while self._leading:
+                self._changed.wait()
+            self._open = False
+            for call in (*self._queue, *self._outstanding.values()):
+                call.done, call.error = True, HostCallError("the cell has ended")
+            self._queue.clear()
+            self._outstanding.clear()
+            self._changed.notify_all()
+
+    def after_fork(self) -> None:
+        """In a new process: no thread but this one exists, and nothing is outstanding."""
+        self._changed = threading.Condition()
+        self._queue.clear()
+        self._outstanding.clear()
+        self._leading = self._open = False
+
+    def call(self, handle: int, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the host and wait for the answer.
+
+        Raises:
+            TypeError: an argument is not plain data, or too large.
+            HostCallError, or an exception the host allows: the call failed.
+        """
+        with self._changed:
+            if not self._open:
+                raise HostCallError("host calls are possible only while a cell runs")
+            call = _Call(self._next, (handle, method, args, kwargs))
+            self._next += 1
+            self._queue.append(call)
+            self._changed.notify_all()
+        while True:
+            with self._changed:
+                while not call.done and self._leading:
+                    self._changed.wait()
+                if call.done:
+                    break
+                self._leading = True
+                self._let_others_join()
+                batch, self._queue = self._queue[:MAX_CALLS_PER_SUSPENSION], self._queue[MAX_CALLS_PER_SUSPENSION:]
+                self._outstanding.update((item.number, item) for item in batch)
+            try:
+                self._exchange(batch)
+            finally:
+                with self._changed:
+                    self._leading = False
+                    self._changed.notify_all()
+        if call.error is not None:
+            raise call.error
+        return call.answer
+
+    def _let_others_join(self) -> None:
+        if threading.active_count() == 1:
+            return
+        for _ in range(_JOIN_TIMES):
+            before = len(self._queue)
+            self._changed.wait(_JOIN_SECONDS)
+            if len(self._queue) == before:
+                return
+
+    def _exchange(self, batch: list[_Call]) -> None:
+        """One suspension and the host's resume."""
+        encoder = Encoder()
+        calls = []
+        for item in batch:
+            handle, method, args, kwargs = item.request
+            try:
+                calls.append([item.number, handle, method, encoder.encode(list(args)), encoder.encode(kwargs)])
+            except ValueRefused as exc:
+                self._refuse(item, f"arguments of a host call must be plain data: {exc}")
+        if not calls and not self._outstanding:
+            return
+        try:
+            self._transport.send(Suspend(calls), encoder.attachments)
+        except FrameTooLarge:
+            for item in batch:
+                self._refuse(item, "arguments of a host call are larger than value_bytes allows")
+            return
+        header, attachments = self._transport.receive()
+        message = self._load(header, (Resume, Forget))
+        with self._changed:
+            if isinstance(message, Forget):
+                for item in self._outstanding.values():
+                    item.done, item.error = True, KeyboardInterrupt(message.reason)
+                self._outstanding.clear()
+                return
+            assert isinstance(message, Resume)
+            decoder = Decoder(attachments, allow_handles=True)
+            for number, value, error in message.answers:
+                item = self._outstanding.pop(number)
+                item.done = True
+                if error is None:
+                    item.answer = self._make_value(decoder.decode(value))
+                else:
+                    item.error = _exception(*error)
+
+    def _refuse(self, item: _Call, why: str) -> None:
+        with self._changed:
+            self._outstanding.pop(item.number, None)
+            item.done, item.error = True, TypeError(why)
+
+
+def _exception(type_name: str, message: str) -> BaseException:
+    """The guest's exception for a failed call: a built-in one by name if the host allowed it, else `HostCallError`."""
+    import builtins
+
+    kind = getattr(builtins, type_name, None) if type_name != "HostCallError" else None
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError):
+        return kind(message)
+    return HostCallError(message if type_name == "HostCallError" else f"{type_name}: {message}")

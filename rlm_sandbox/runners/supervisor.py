@@ -1,0 +1,371 @@
+"""The supervisor: pid 1 of a session. It never runs cell code; it keeps the worker confined, killable and recoverable.
+
+It believes the kernel (wait status, credentials, notifications) and the host (its control socket), and never the
+worker: the worker's word opens no phase and proves nothing. Its duties:
+
+- fork a fresh worker; give it its own process group and take its seccomp notifier;
+- answer notifications: no children, no signals to others, except one fork for a standby when the *host* granted a ticket;
+- stop the standby, and the worker between turns while a ticket is open;
+- on the host's word, kill the worker's group and wake the standby, or fork a fresh worker;
+- report the worker's death with what the kernel measured.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import time
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+from ..confine import _syscalls_unsafe as raw
+from ..confine.seccomp import NUMBERS
+from ..confine.steps import SessionConfinement, confine_supervisor, confine_worker
+from . import control, worker
+
+__all__ = ("main",)
+
+#: A standby that has not said hello by then has been tampered with; the worker is killed and the state is lost.
+#: Forking 1 GB of small objects takes about 60 ms.
+TICKET_SECONDS: Final = 3.0
+_START_SECONDS: Final = 5.0
+_CREDENTIALS: Final = struct.Struct("=iII")
+_NOTIFICATION: Final = struct.Struct("=QIIiIQ6Q")
+_RESPONSE: Final = struct.Struct("=QqiI")
+_NOTIF_RECV: Final = 0xC0502100
+_NOTIF_SEND: Final = 0xC0182101
+_CONTINUE: Final = 1
+#: How long a notification that vanished between poll and receive may hold us up.
+_RECEIVE_SECONDS: Final = 0.05
+#: Messages a worker may have left on its birth socket before a ticket; more is a flood.
+_MAX_STALE: Final = 4096
+_NAMES: Final = {NUMBERS[name]: name for name in ("clone", "fork", "vfork", "kill", "tgkill", "setpgid")}
+HELLO: Final = b"H"
+CANNOT: Final = b"F"
+LISTENER: Final = b"L"
+
+
+def _interrupt_blocking_call(_number: int, _frame: FrameType | None) -> None:
+    """SIGALRM: make a blocking system call return EINTR."""
+
+
+class Supervisor:
+    """The state of one session's supervisor."""
+
+    def __init__(self, host: socket.socket) -> None:
+        self._host = host
+        self._birth: socket.socket | None = None
+        self._listener = -1
+        self._worker = 0
+        self._worker_pidfd = -1
+        self._death: dict[str, Any] = {}
+        self._standby = 0
+        self._standby_pidfd = -1
+        self._ticket_until = 0.0
+        self._ticket_used = False
+
+    # ---- workers
+
+    def start_worker(self, data_fd: int, generation: int) -> None:
+        """Fork a worker that has run nothing yet. Raises OSError if it does not come up."""
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        mine.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._become_worker(mine, theirs, data_fd, generation)
+            finally:
+                os._exit(1)
+        theirs.close()
+        self._birth, self._worker, self._worker_pidfd = mine, pid, os.pidfd_open(pid)
+        try:
+            os.setpgid(pid, pid)
+        except OSError:
+            pass  # the child did it first
+        mine.settimeout(_START_SECONDS)
+        space = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4)
+        text, ancillary, _flags, _ = mine.recvmsg(16, space, socket.MSG_CMSG_CLOEXEC)
+        rights = [data for level, kind, data in ancillary if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)]
+        if text != LISTENER or len(rights) != 1:
+            raise OSError(errno.EPROTO, "the worker did not confine itself")
+        (self._listener,) = struct.unpack("=i", rights[0])
+        mine.setblocking(False)
+
+    def _become_worker(self, mine: socket.socket, birth: socket.socket, data_fd: int, generation: int) -> NoReturn:
+        os.setpgid(0, 0)
+        for number in (signal.SIGALRM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        mine.close()
+        self._host.close()
+        raw.close_all_except({0, 1, 2, birth.fileno(), data_fd})
+        listener = confine_worker()
+        birth.sendmsg([LISTENER], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", listener))])
+        os.close(listener)
+        worker.main(data_fd, birth, generation)
+
+    def _bury_worker(self) -> None:
+        """Kill the worker's whole group, reap it, and keep what the kernel says of it."""
+        if not self._worker:
+            return
+        try:
+            os.killpg(self._worker, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        _, status, usage = os.wait4(self._worker, 0)
+        self._death = {"status": status, "cpu": usage.ru_utime + usage.ru_stime, "maxrss_kb": usage.ru_maxrss}
+        os.close(self._worker_pidfd)
+        self._worker, self._worker_pidfd = 0, -1
+        self._ticket_until = 0.0
+
+    def _drop_standby(self) -> None:
+        if not self._standby:
+            return
+        try:
+            raw.pidfd_send_signal(self._standby_pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os.close(self._standby_pidfd)
+        self._standby, self._standby_pidfd = 0, -1
+
+    def _reap_orphans(self) -> None:
+        """Collect zombies that fell to us as pid 1: standbys of workers that are gone."""
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None or found.si_pid in (self._worker, self._standby):
+                return
+            os.waitpid(found.si_pid, 0)
+
+    # ---- orders of the host
+
+    def recover(self, data_fd: int, generation: int, *, fresh: bool) -> None:
+        """End the worker and have another: the standby if there is one and ``fresh`` is false, else an empty one."""
+        self._bury_worker()
+        if fresh:
+            self._drop_standby()
+        state = "restored"
+        if not self._standby or not self._wake_standby(data_fd):
+            state = "fresh"
+            self._drop_standby()
+            if self._birth is not None:
+                self._birth.close()
+                os.close(self._listener)
+            self.start_worker(data_fd, generation)
+        self._reap_orphans()
+        control.send(self._host, {"op": "recovered", "state": state, **self._death}, (self._worker_pidfd,))
+
+    def grow_address_space(self, size: int) -> None:
+        """Make room for a mapped context. Only the soft limit moves; seccomp keeps the worker from doing it."""
+        for pid in (self._worker, self._standby):
+            if pid:
+                soft, hard = resource.prlimit(pid, resource.RLIMIT_AS)
+                if soft != resource.RLIM_INFINITY:
+                    resource.prlimit(pid, resource.RLIMIT_AS, (soft + size, hard))
+        control.send(self._host, {"op": "grown"})
+
+    def _wake_standby(self, data_fd: int) -> bool:
+        """Make the standby the worker: it gets the new data channel, and says hello on it to the host."""
+        assert self._birth is not None
+        self._drain_birth()
+        try:
+            raw.pidfd_send_signal(self._standby_pidfd, signal.SIGCONT)
+            self._birth.sendmsg([HELLO], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", data_fd))])
+        except OSError:
+            return False
+        self._worker, self._worker_pidfd = self._standby, self._standby_pidfd
+        self._standby, self._standby_pidfd = 0, -1
+        return True
+
+    def open_ticket(self) -> None:
+        """The host says the turn is over: for a moment, the worker's main thread may fork once."""
+        if not self._worker or not self._drain_birth():
+            self._fail_ticket("the worker flooded its supervisor")
+            return
+        self._ticket_until = time.monotonic() + TICKET_SECONDS
+        self._ticket_used = False
+
+    def _drain_birth(self) -> bool:
+        """Throw away what the worker wrote before its turn. False if there is no end of it."""
+        assert self._birth is not None
+        for _ in range(_MAX_STALE):
+            try:
+                self._birth.recvmsg(16)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+        return False
+
+    def _fail_ticket(self, why: str) -> None:
+        """The worker broke the rules of the ticket: it is killed, and with the ticket goes the standby's claim."""
+        self._ticket_until = 0.0
+        self._drop_standby()
+        if self._worker:
+            self._bury_worker()
+        control.send(self._host, {"op": "died", "why": why, **self._death})
+
+    # ---- events
+
+    def on_birth(self) -> None:
+        """A message on the birth socket while a ticket is open."""
+        assert self._birth is not None
+        try:
+            text, ancillary, _flags, _ = self._birth.recvmsg(16, socket.CMSG_SPACE(_CREDENTIALS.size))
+        except BlockingIOError:
+            return
+        sender = 0
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS) and len(data) == _CREDENTIALS.size:
+                sender = _CREDENTIALS.unpack(data)[0]
+        if sender == self._worker and text == CANNOT and not self._ticket_used:
+            # The kernel refused the fork (memory, tasks). The old standby is of an older state: it goes.
+            self._ticket_until = 0.0
+            self._drop_standby()
+            raw.pidfd_send_signal(self._worker_pidfd, signal.SIGSTOP)
+            control.send(self._host, {"op": "unprotected"})
+        elif sender not in (0, self._worker, self._standby) and text == HELLO and self._ticket_used:
+            self._accept_standby(sender)
+
+    def _accept_standby(self, pid: int) -> None:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return  # it is gone already; the ticket runs out
+        raw.pidfd_send_signal(pidfd, signal.SIGSTOP)
+        if os.getpgid(pid) != pid:
+            raw.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+            self._fail_ticket("the standby is not in a group of its own")
+            return
+        self._drop_standby()
+        self._standby, self._standby_pidfd = pid, pidfd
+        self._ticket_until = 0.0
+        raw.pidfd_send_signal(self._worker_pidfd, signal.SIGSTOP)
+        control.send(self._host, {"op": "protected"})
+
+    def on_notification(self) -> None:
+        """A system call of a guest waits for our word."""
+        buffer = bytearray(_NOTIFICATION.size)
+        # If the caller dies between poll and here, the ioctl would wait for the next notification.
+        signal.setitimer(signal.ITIMER_REAL, _RECEIVE_SECONDS, _RECEIVE_SECONDS)
+        try:
+            fcntl.ioctl(self._listener, _NOTIF_RECV, buffer, True)
+        except OSError:
+            return
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        identity, caller, _flags, number, _arch, _ip, *args = _NOTIFICATION.unpack(buffer)
+        allowed = self._allows(_NAMES.get(number, ""), caller, args)
+        # Every argument looked at is a register, so the kernel goes on with exactly what was judged.
+        response = _RESPONSE.pack(identity, 0, 0 if allowed else -errno.EPERM, _CONTINUE if allowed else 0)
+        try:
+            fcntl.ioctl(self._listener, _NOTIF_SEND, bytearray(response), True)
+        except OSError:
+            pass  # the caller is gone
+
+    def _allows(self, name: str, caller: int, args: list[int]) -> bool:
+        if name in ("clone", "fork"):
+            if not self._ticket_until or self._ticket_used or caller != self._worker:
+                return False
+            self._ticket_used = True
+            return True
+        if name == "setpgid":
+            # Only the new standby, leaving the worker's group so that killing that group spares it.
+            return (
+                bool(self._ticket_until)
+                and self._ticket_used
+                and caller not in (self._worker, self._standby)
+                and args[:2] == [0, 0]
+            )
+        if name in ("kill", "tgkill"):
+            return args[0] & 0xFFFFFFFF == self._worker
+        return False
+
+    def serve(self) -> None:
+        """Answer host, kernel and worker until the host is gone."""
+        while True:
+            if self._ticket_until and time.monotonic() >= self._ticket_until:
+                self._fail_ticket("no standby within its time")
+            poll = select.poll()
+            poll.register(self._host, select.POLLIN)
+            if self._worker:
+                poll.register(self._worker_pidfd, select.POLLIN)
+                poll.register(self._listener, select.POLLIN)
+            if self._standby:
+                poll.register(self._standby_pidfd, select.POLLIN)
+            if self._ticket_until and self._birth is not None:
+                poll.register(self._birth, select.POLLIN)
+            timeout = max(0.0, self._ticket_until - time.monotonic()) * 1000 if self._ticket_until else None
+            ready = {fd for fd, _ in poll.poll(timeout)}
+            # The host first: its ticket was sent before it told the worker to fork.
+            if self._host.fileno() in ready:
+                if not self.on_order():
+                    return
+                continue
+            if self._ticket_until and self._birth is not None and self._birth.fileno() in ready:
+                self.on_birth()
+            if self._worker and self._worker_pidfd in ready:
+                self._bury_worker()
+                control.send(self._host, {"op": "died", **self._death})
+                continue
+            if self._standby and self._standby_pidfd in ready:
+                self._drop_standby()  # the kernel killed it (memory)
+                control.send(self._host, {"op": "standby_died"})
+            if self._worker and self._listener in ready:
+                self.on_notification()
+
+    def on_order(self) -> bool:
+        """One message of the host. False when the session is over."""
+        request = control.receive(self._host)
+        if request is None:
+            return False
+        message, fds = request
+        try:
+            if message["op"] == "ticket":
+                self.open_ticket()
+            elif message["op"] in ("recover", "fresh"):
+                self.recover(fds[0], int(message["generation"]), fresh=message["op"] == "fresh")
+            elif message["op"] == "grow":
+                self.grow_address_space(int(message["bytes"]))
+            else:
+                return False
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+
+def main(plan: SessionConfinement, proc: int, fds: list[int]) -> NoReturn:
+    """Be the supervisor of one session. ``fds``: the worker's data channel, our control socket, stdout and stderr pipes."""
+    status = 1
+    data_fd, control_fd, out_fd, err_fd = fds
+    host = socket.socket(fileno=control_fd)
+    try:
+        null = os.open("/dev/null", os.O_RDWR)
+        for target, source in ((0, null), (1, out_fd), (2, err_fd)):
+            os.dup2(source, target, inheritable=True)
+        raw.close_all_except({0, 1, 2, data_fd, control_fd, proc})
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, _interrupt_blocking_call)
+        confine_supervisor(plan, proc)
+        supervisor = Supervisor(host)
+        supervisor.start_worker(data_fd, 1)
+        os.close(data_fd)
+        control.send(host, {"op": "ready"}, (os.pidfd_open(os.getpid()), supervisor._worker_pidfd))
+    except OSError as exc:
+        control.send(host, {"op": "failed", "error": f"{exc.strerror or exc}"[:500], "errno": exc.errno or 0})
+        os._exit(1)
+    try:
+        supervisor.serve()
+        status = 0
+    finally:
+        os._exit(status)

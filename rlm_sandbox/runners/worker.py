@@ -1,0 +1,217 @@
+"""The worker: a `GuestSession` on a stream socket, and the moment it forks its standby.
+
+By the time this runs, the process is confined. It holds the data channel, the birth socket, and its three standard
+descriptors, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import warnings
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+from ..wire.codec import Attachment
+from ..wire.frames import PROTOCOL_VERSION, FrameReader, dump_frame
+from ..wire.messages import BindText, Hello, Message, Protect, dump_message
+from . import mapped_text
+from .output import CellOutput
+from .session import GuestSession
+
+__all__ = ("main",)
+
+#: The guest is the receiving end of the host's caps, so it needs none of its own beyond its memory.
+_MAX_FRAME: Final = 1 << 40
+_CHUNK: Final = 1 << 20
+_THREAD_STACK: Final = 512 * 1024
+HELLO: Final = b"H"
+CANNOT: Final = b"F"
+
+
+class _SocketTransport:
+    """Frames on a blocking stream socket. The end of the stream ends the process: there is nobody to serve."""
+
+    def __init__(self, data_fd: int) -> None:
+        self._sock = socket.socket(fileno=data_fd)
+        self._shielded = 0
+        self._interrupted = False
+        self.interruptible = False
+        self.descriptors: list[int] = []
+        self._sizes = _MAX_FRAME
+
+    def replace(self, data_fd: int) -> None:
+        """Go on with another channel."""
+        self._sock.close()
+        self._sock = socket.socket(fileno=data_fd)
+
+    def close(self) -> None:
+        """Give up the present channel."""
+        self._sock.close()
+
+    def limit(self, max_bytes: int) -> None:
+        """Refuse to send frames larger than the host takes."""
+        self._sizes = max_bytes
+
+    # An interrupt in the middle of a frame would desynchronise the channel, so it waits until the frame is through.
+
+    def on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        """SIGINT: raise KeyboardInterrupt in cell code, at once or after the present frame."""
+        if not self.interruptible:
+            return
+        if self._shielded:
+            self._interrupted = True
+        else:
+            raise KeyboardInterrupt
+
+    def _unshield(self) -> None:
+        self._shielded -= 1
+        if self._interrupted and not self._shielded:
+            self._interrupted = False
+            if self.interruptible:
+                raise KeyboardInterrupt
+
+    def send(self, message: Message, attachments: list[Attachment]) -> None:
+        """Send one frame. Raises FrameTooLarge and sends nothing if the host would refuse it."""
+        buffers = dump_frame(dump_message(message), attachments, max_bytes=self._sizes)
+        shield = threading.current_thread() is threading.main_thread()
+        self._shielded += shield
+        try:
+            for buffer in buffers:
+                self._sock.sendall(buffer)
+        except OSError:
+            os._exit(0)
+        finally:
+            if shield:
+                self._unshield()
+
+    def receive(self) -> tuple[Any, list[Attachment]]:
+        """The next frame. Descriptors that came with it are in ``descriptors``."""
+        shield = threading.current_thread() is threading.main_thread()
+        self._shielded += shield
+        try:
+            return self._receive()
+        finally:
+            if shield:
+                self._unshield()
+
+    def _receive(self) -> tuple[Any, list[Attachment]]:
+        reader = FrameReader(max_bytes=_MAX_FRAME)
+        while True:
+            data, ancillary, _flags, _ = self._sock.recvmsg(_CHUNK, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+            if not data:
+                os._exit(0)
+            for level, kind, raw in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    self.descriptors.append(struct.unpack("=i", raw[:4])[0])
+            view = memoryview(data)
+            while view:
+                take = min(len(view), reader.wanted)
+                frame = reader.feed(view[:take])
+                view = view[take:]
+                if frame is not None:
+                    return frame
+
+
+class _Worker:
+    def __init__(self, data_fd: int, birth: socket.socket, generation: int) -> None:
+        self._birth = birth
+        self._generation = generation
+        self._transport = _SocketTransport(data_fd)
+        self._session = GuestSession(self._transport, self._set_interruptible, self._map_text)
+
+    def _set_interruptible(self, value: bool) -> None:
+        if value:
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, CellOutput):
+                    stream.begin_cell()
+        self._transport.interruptible = value
+
+    def _map_text(self, message: BindText) -> str:
+        fd = self._transport.descriptors.pop()
+        try:
+            return mapped_text.load_text(fd, message.chars, message.width, message.ascii_only, mapped=MAPPED)
+        finally:
+            os.close(fd)  # a descriptor left open would give locks, modes and an offset shared with other sessions
+
+    def serve(self) -> NoReturn:
+        signal.signal(signal.SIGINT, self._transport.on_interrupt)
+        self._hello()
+        while True:
+            header, attachments = self._transport.receive()
+            if header == [Protect.op]:
+                self._fork_standby()
+            else:
+                if header[0] == "configure":
+                    self._transport.limit(int(header[2]))
+                self._session.handle(header, attachments)
+
+    def _hello(self) -> None:
+        self._transport.send(Hello(PROTOCOL_VERSION, self._generation), [])
+
+    def _fork_standby(self) -> None:
+        """Fork; the child becomes the standby and returns from here only when it is woken, with a new channel."""
+        self._reap()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # threads of cells do not survive into the standby, and that is documented
+                pid = os.fork()
+        except OSError:
+            self._birth.send(CANNOT)
+            return
+        if pid:
+            return
+        self._transport.close()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the kernel sends it when the worker's death orphans our stopped group
+        os.setpgid(0, 0)
+        self._session.after_fork()
+        self._birth.send(HELLO)
+        _, ancillary, _, _ = self._birth.recvmsg(16, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        (data_fd,) = [
+            struct.unpack("=i", raw[:4])[0]
+            for level, kind, raw in ancillary
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        ]
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        self._transport.replace(data_fd)
+        self._hello()
+
+    def _reap(self) -> None:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+
+
+#: Set once, in the zygote: whether a mapped text passes the interpreter's self-test.
+MAPPED = False
+
+
+def prepare() -> None:
+    """In the zygote: decide, in a throw-away child, whether contexts can be mapped as a ``str``."""
+    global MAPPED
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(0 if mapped_text.self_test() else 1)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    MAPPED = status == 0
+
+
+def main(data_fd: int, birth: socket.socket, generation: int) -> NoReturn:
+    """Be the worker of a session."""
+    threading.stack_size(_THREAD_STACK)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdout = sys.__stdout__ = CellOutput(1)  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = CellOutput(2)  # type: ignore[misc]
+    sys.argv = [""]
+    os.environ.clear()
+    worker = _Worker(data_fd, birth, generation)
+    worker.serve()

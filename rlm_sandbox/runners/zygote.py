@@ -1,0 +1,105 @@
+"""The zygote: a warm interpreter inside the tree, pid 1 of its pid namespace, forked once per session.
+
+It was exec'd with an empty environment at a neutral path, so nothing of the host is in its memory, and it never runs
+cell code. If it dies, the kernel ends every session below it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import signal
+import socket
+from typing import Final
+
+from ..confine import _syscalls_unsafe as raw
+from ..confine.steps import SessionConfinement
+from . import control, supervisor, worker
+
+__all__ = ("main",)
+
+#: Imported once, shared by every session: what model-written cells use most. Others load from the tree on demand.
+PRELOADED: Final = (
+    "abc", "array", "ast", "asyncio", "base64", "bisect", "builtins", "calendar", "codecs", "collections", "collections.abc",
+    "concurrent.futures", "concurrent.futures.thread", "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib",
+    "enum", "fnmatch", "fractions", "functools", "glob", "hashlib", "heapq", "html", "inspect", "io", "itertools", "json",
+    "keyword", "linecache", "locale", "math", "numbers", "operator", "os", "pathlib", "pprint", "queue", "random", "re",
+    "secrets", "shutil", "statistics", "string", "struct", "sys", "tempfile", "textwrap", "threading", "time", "timeit", "tokenize",
+    "traceback", "types", "typing", "unicodedata", "urllib.parse", "uuid", "warnings", "weakref", "zlib",
+)  # fmt: skip
+#: Two arenas and small stacks, so that 64 threads fit into the address space a session has.
+_ARENAS: Final = 2
+
+
+def _own_sizes(proc: int) -> tuple[int, int]:
+    """Bytes of data and of address space this process uses: the base that every session starts from."""
+    fd = os.open("self/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+    try:
+        lines = os.read(fd, 16_384).decode().splitlines()
+    finally:
+        os.close(fd)
+    sizes = {line.partition(":")[0]: line.split() for line in lines}
+    return int(sizes["VmData"][1]) * 1024, int(sizes["VmSize"][1]) * 1024
+
+
+def _limit(message: control.Message, name: str) -> int | None:
+    value = message[name]
+    return None if value is None else int(value)
+
+
+def _spawn(message: control.Message, fds: list[int], proc: int, host: socket.socket, own: int, sizes: tuple[int, int]) -> None:
+    """Fork the supervisor of one session, in a pid namespace of its own."""
+    plan = SessionConfinement(
+        kernel_id=_limit(message, "kernel_id"),
+        memory_mb=_limit(message, "memory_mb"),
+        disk_mb=_limit(message, "disk_mb"),
+        tasks=_limit(message, "tasks"),
+        base_data=sizes[0],
+        base_address_space=sizes[1],
+    )
+    raw.unshare(raw.CLONE_NEWPID)  # for children only: the next fork is pid 1 of the new namespace
+    try:
+        pid = os.fork()
+    except OSError:
+        raw.setns(own, raw.CLONE_NEWPID)
+        raise
+    if pid == 0:
+        try:
+            host.close()
+            os.close(own)
+            supervisor.main(plan, proc, fds)
+        finally:
+            os._exit(1)
+    raw.setns(own, raw.CLONE_NEWPID)
+
+
+def main(control_fd: int, proc: int, kernel_ids: int) -> int:
+    """Serve spawn requests until the host is gone."""
+    host = socket.socket(fileno=control_fd)
+    os.set_inheritable(control_fd, False)
+    os.set_inheritable(proc, False)
+    raw.limit_malloc_arenas(_ARENAS)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    worker.prepare()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors that end are reaped by the kernel
+    own = os.pidfd_open(os.getpid())
+    sizes = _own_sizes(proc)
+    gc.collect()
+    gc.freeze()
+    control.send(host, {"op": "ready", "kernel_ids": kernel_ids})
+    while True:
+        request = control.receive(host)
+        if request is None:
+            return 0
+        message, fds = request
+        try:
+            _spawn(message, fds, proc, host, own, sizes)
+        except OSError as exc:
+            control.send(host, {"op": "failed", "error": exc.strerror or str(exc), "errno": exc.errno or 0})
+        else:
+            control.send(host, {"op": "spawned"})
+        for fd in fds:
+            os.close(fd)
