@@ -171,7 +171,11 @@ class ConsoleListener:
 
     def _line(self, text: str = "", style: str = "") -> None:
         self._end_line()
-        self._console.print(Text(text, style), soft_wrap=True)
+        self._console.print(Text(self._fit(text), style), soft_wrap=True)
+
+    def _fit(self, text: str) -> str:
+        """``text`` with an escape for what the terminal's encoding does not have."""
+        return text.encode(self._console.encoding, "backslashreplace").decode(self._console.encoding)
 
     def _end_line(self) -> None:
         """Finish a line of output that the guest left open."""
@@ -189,8 +193,8 @@ class ConsoleListener:
             self._spinner = None
         if what is not None and self._console.is_terminal and self._progress is None:
             self._end_line()
-            self._spinner = self._live(SpinnerColumn(), TextColumn("{task.description}", "dim", markup=False))
-            self._spinner.add_task(what, total=None)
+            self._spinner = self._live(SpinnerColumn("line"), TextColumn("{task.description}", "dim", markup=False))
+            self._spinner.add_task(self._fit(what), total=None)
 
     def _live(self, *columns: ProgressColumn) -> Progress:
         """A line at the bottom that changes. It leaves ``sys.stdout`` alone, for the reason given above."""
@@ -219,7 +223,7 @@ class ConsoleListener:
     def _cell_started(self, event: CellStarted) -> None:
         self._shown = 0
         self._line(f"cell {event.cell}", "bold")
-        code = inert(event.code.strip("\n"))
+        code = self._fit(inert(event.code.strip("\n")))
         if self._console.is_terminal:
             syntax = Syntax(code, "python", theme="ansi_dark", background_color="default", word_wrap=True)
             self._print(Padding(syntax, (0, 0, 0, 2)))
@@ -232,7 +236,7 @@ class ConsoleListener:
         if room <= 0 or not event.text:
             return
         self._wait_for(None)
-        text = inert(event.text[:room])
+        text = self._fit(inert(event.text[:room]))
         self._shown += len(event.text)
         if self._progress is not None:
             # A live bar owns the last line: only whole lines can go above it.
@@ -311,7 +315,7 @@ class ConsoleListener:
         title = "answer" if event.verified else "best answer so far, not verified"
         if event.answer and self._console.is_terminal:
             border = "green" if event.verified else "yellow"
-            self._print(Panel(Text(inert(event.answer)), title=title, title_align="left", border_style=border))
+            self._print(Panel(Text(self._fit(inert(event.answer))), title=title, title_align="left", border_style=border))
         elif event.answer:
             self._line(f"{title}: {inert(event.answer)}")
         if event.stop_reason != "final":

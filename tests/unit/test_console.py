@@ -253,6 +253,27 @@ def test_a_terminal_has_colours_and_a_bar() -> None:
     assert "\x1b[" not in _show(*events)
 
 
+def test_a_terminal_that_only_knows_ascii() -> None:
+    raw = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(raw, encoding="ascii"), force_terminal=True, width=80, highlight=False)
+    with ConsoleListener(console) as listener:
+        for event in (
+            _started("caf\u00e9?"),
+            StepStarted(step=1),
+            _reply("\u6f22"),
+            CellStarted(step=1, cell=1, code="x = '\u20ac'"),
+            BatchStarted(step=1, cell=1, batch=1, size=3),
+            BatchFinished(step=1, cell=1, batch=1, size=3, ok=3, seconds=0.7),
+            _output("\u20ac\n"),
+            _cell(value="\u20ac"),
+            _finished(answer="\u20ac"),
+        ):
+            listener(event)
+    console.file.flush()
+    assert b"caf\\xe9?" in raw.getvalue()
+    assert raw.getvalue().count(b"\\u20ac") == 4
+
+
 def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     shown = _show(
