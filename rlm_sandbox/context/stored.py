@@ -17,7 +17,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ("MemoryFile", "decode_stored", "store_text", "stored_bytes")
+__all__ = ("CODECS", "MemoryFile", "decode_stored", "store_text", "stored_bytes")
 
 _ORDER: Final = "le" if sys.byteorder == "little" else "be"
 #: Bytes a character to the codec that has this width for every character that fits. The byte order is the machine's,
