@@ -10,7 +10,7 @@ from ..protocol import Capabilities, Feature
 from ..results import ExecResult, LimitHit
 from .policy import Policy
 
-__all__ = ("CUT_OFF", "LAST_CHANCE", "NO_ANSWER_YET", "clip", "describe_cell", "first_message", "system_prompt")
+__all__ = ("ANSWER_CUT_OFF", "CUT_OFF", "LAST_CHANCE", "NO_ANSWER_YET", "clip", "describe_cell", "first_message", "system_prompt")
 
 NO_ANSWER_YET: Final = (
     "Your reply had neither code in a ```repl fence nor a final answer. Write code to go on, or answer with a line that "
@@ -20,7 +20,10 @@ LAST_CHANCE: Final = (
     "The run ends here: no more code is run. Give the best answer you have now, on a line that starts with FINAL: (or "
     "FINAL_VAR: and a variable's name)."
 )
-CUT_OFF: Final = "Your reply was cut at the output limit, so its last code block may be incomplete. Write shorter replies."
+CUT_OFF: Final = "Your reply was cut at the output limit; code at its end may be incomplete. Write shorter replies."
+ANSWER_CUT_OFF: Final = (
+    "it was cut at the output limit. Give a shorter one, or build it in a variable, piece by piece, and use FINAL_VAR."
+)
 
 _TEMPLATE: Final = """\
 You answer a question about a long text that is not in this conversation. The text lives in a Python REPL. You inspect \

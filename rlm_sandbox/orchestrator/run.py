@@ -28,7 +28,7 @@ from .events import (
     StepStarted,
     StopReason,
 )
-from .feedback import CUT_OFF, LAST_CHANCE, NO_ANSWER_YET, describe_cell, first_message, system_prompt
+from .feedback import ANSWER_CUT_OFF, CUT_OFF, LAST_CHANCE, NO_ANSWER_YET, describe_cell, first_message, system_prompt
 from .ledger import Ledger
 from .llm import AdapterError, Completion, LLMAdapter, Message
 from .policy import Policy, PolicyExceeded
@@ -179,9 +179,9 @@ class Run:
                 feedback = NO_ANSWER_YET
             else:
                 empty = 0
-                feedback = self._act_on(repl, reply)
+                feedback = self._act_on(repl, reply, cut=completion.finish_reason == "length")
             if completion.finish_reason == "length":
-                feedback = f"{feedback}\n\n{CUT_OFF}"
+                feedback = f"{feedback}\n\n{CUT_OFF}".strip()
             self._messages.append({"role": "user", "content": feedback})
         raise _Stop("max_steps")
 
@@ -222,8 +222,11 @@ class Run:
             raise AdapterError("response", f"the adapter returned a {type(said).__name__} and not a Completion; repair the adapter")
         return said
 
-    def _act_on(self, repl: REPLProtocol, reply: Reply) -> str:
-        """Run a reply's code, then take its answer; returns what to tell the model. Raises `_Stop` with an answer."""
+    def _act_on(self, repl: REPLProtocol, reply: Reply, *, cut: bool) -> str:
+        """Run a reply's code, then take its answer; returns what to tell the model. Raises `_Stop` with an answer.
+
+        ``cut``: the reply ended at its output limit, so that a text in it is not the whole answer.
+        """
         said: list[str] = []
         for done, block in enumerate(reply.blocks, 1):
             result, final = self._run_cell(repl, block)
@@ -242,7 +245,10 @@ class Run:
             if reply.final is not None:
                 said.append("The FINAL after the code of your reply was not taken.")
             return "\n\n".join(said)
-        if reply.final is not None:
+        if reply.final is not None and cut and reply.final.kind == "text":
+            self._best = reply.final.text
+            said.append(self._rejected(ANSWER_CUT_OFF))
+        elif reply.final is not None:
             said.append(self._take(repl, reply.final))
         return "\n\n".join(said)
 
@@ -310,9 +316,12 @@ class Run:
         try:
             answer = self._resolved(repl, final)
         except _Rejected as exc:
-            self._events.emit(AnswerRejected(step=self._step, reason=str(exc)))
-            return f"The answer was not taken: {exc}"
+            return self._rejected(str(exc))
         raise _Stop("final", answer)
+
+    def _rejected(self, reason: str) -> str:
+        self._events.emit(AnswerRejected(step=self._step, reason=reason))
+        return f"The answer was not taken: {reason}"
 
     def _resolved(self, repl: REPLProtocol, final: FinalAnswer) -> str:
         text = final.text.strip()

@@ -241,6 +241,18 @@ def test_a_reply_cut_at_the_output_limit_is_told() -> None:
     assert "cut at the output limit" in scenario.feedback
 
 
+def test_an_answer_cut_at_the_output_limit_is_not_taken() -> None:
+    cut = Completion("FINAL: the first of many wor", finish_reason="length")
+    scenario = Scenario(cut, "FINAL: short")
+    answer, trace = scenario.run()
+    assert (answer, len(trace.of(AnswerRejected))) == ("short", 1)
+    assert "was cut at the output limit" in scenario.feedback
+    answer, trace = Scenario(cut, policy=Policy(max_steps=1)).run()
+    assert (answer, trace.verified) == ("the first of many wor", False)
+    named = Completion(cell("x = 'all of it'") + "\nFINAL_VAR: x\nwhich is", finish_reason="length")
+    assert Scenario(named).run()[1].verified
+
+
 def test_subcall_budget_holds_inside_a_cell() -> None:
     code = "n = 0\ntry:\n    while True:\n        llm_query('x')\n        n += 1\nexcept Exception as e:\n    print(n, type(e).__name__, e)"
     scenario = Scenario(cell(code), "FINAL: ok", policy=Policy(max_subcalls=7), subcall_adapter=FakeAdapter(["y"] * 100))
