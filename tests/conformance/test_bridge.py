@@ -299,7 +299,6 @@ def test_attributes_of_the_allow_list(repl: REPLProtocol, store: Store) -> None:
         "store.items",
         "store.__dict__['items']",
         "store.lookup.__globals__['SECRET']",
-        "store.lookup.__func__",
         "store.lookup.__self__.secret",
         "len(store)",
         "store['a']",

@@ -125,9 +125,17 @@ def test_get_of_a_name_that_is_not_there(repl: REPLProtocol) -> None:
     assert repl.get("x", 7) is None
 
 
-@pytest.mark.parametrize("name", ["print", "__builtins__", "len"])
+@pytest.mark.parametrize("name", ["print", "len", "session_names"])
 def test_get_finds_variables_only(repl: REPLProtocol, name: str) -> None:
     assert repl.get(name, MISSING) is MISSING
+
+
+@pytest.mark.parametrize("name", ["__builtins__", "__name__"])
+def test_names_of_the_interpreter_are_not_for_the_host(repl: REPLProtocol, name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        repl.get(name)
+    with pytest.raises(ValueError, match=name):
+        repl.set(name, 1)
 
 
 # ---- subclasses cross as their base
