@@ -62,20 +62,22 @@ top = sorted(counts.items(), key=lambda item: (-item[1], names[item[0]]))[:{TOP}
 for index, count in top:
     print(count, names[index])
 ```""",
-    # A real mistake of models: a retry loop that swallows everything, the interrupt of the time limit included.
-    """Let me check the second file with a retry, to be safe.
+    # A real mistake of models: a retry loop that swallows everything, the interrupt of the time limit included. It has
+    # spoilt `top` by then, which the next step needs.
+    """I sort that list once more, with a retry, to be safe.
 
 ```repl
+top = []
 attempts = 0
 while True:
     try:
         attempts += 1
-        checked = int("not a number")
+        top.append(int("not a number"))
         break
     except:
         pass
 ```""",
-    f"""That loop could never end. The variables from before are still there, so I go on: the sub-model counts the functions of
+    f"""That loop could never end. It had emptied `top`, but the state is restored, so I go on: the sub-model counts the functions of
 the {TOP} files, all at once.
 
 ```repl
@@ -156,7 +158,7 @@ def expected_answer(documents: list[tuple[str, str]]) -> str:
 
 
 def run_demo(backend: str, trace_path: Path) -> bool:
-    """Run the demo; True if the answer is right and the endless loop was stopped by its limit."""
+    """Run the demo; True if the answer is right, and the endless loop was stopped and cost only itself."""
     documents = standard_library()
     context = Context.from_documents([source for _, source in documents], metadata={"files": [name for name, _ in documents]})
     trace_path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +178,7 @@ def run_demo(backend: str, trace_path: Path) -> bool:
         answer, trace = rlm.run(QUESTION, context)
     expected = expected_answer(documents)
     stopped = [cell for cell in trace.cells if cell.outcome == "limit"]
-    good = answer == expected and trace.verified and len(stopped) == 1 and stopped[0].state != "lost"
+    good = answer == expected and trace.verified and len(stopped) == 1 and stopped[0].state == "restored"
     print(f"expected:   {expected}")
     print(f"checked:    {'the answer is right' if good else 'WRONG'}")
     print(f"trajectory: {trace_path}")
