@@ -165,7 +165,6 @@ def test_a_failure_is_scrubbed(repl: REPLProtocol, caplog: pytest.LogCaptureFixt
     assert any(record.exc_info for record in caplog.records), "the host's log has the whole of it"
 
 
-@needs(Feature.INHERITANCE)
 def test_a_failure_is_a_host_call_error(repl: REPLProtocol) -> None:
     def llm_query(prompt: str) -> str:
         raise RuntimeError(SECRET)

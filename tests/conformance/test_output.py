@@ -111,7 +111,6 @@ def test_one_huge_write_is_bounded(open_session: OpenSession) -> None:
 
 
 @enforces("output_bytes")
-@needs(Feature.IMPORTS)
 def test_both_streams_share_the_bound(open_session: OpenSession) -> None:
     repl = open_session(limits=Limits(output_bytes=2_000))
     result = ok(repl.exec("import sys\nfor i in range(1000):\n    print('o' * 9)\n    print('e' * 9, file=sys.stderr)"))
