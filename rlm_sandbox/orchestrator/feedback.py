@@ -160,7 +160,7 @@ def _headline(result: ExecResult, limits: Limits) -> str:
 def _limit_words(hit: LimitHit | None, limits: Limits) -> str:
     if hit is None:
         return "was stopped at a limit."
-    amount = f"{hit.limit:g}"
+    amount = f"{hit.limit:,.12g}"
     words = {
         "time_seconds": f"was stopped: it computed for more than {amount} s. Search a part of the text, or use a faster way.",
         "wall_seconds": f"was stopped: it took more than {amount} s with its sub-calls. Use llm_batch, or fewer sub-calls.",

@@ -37,8 +37,9 @@ from .subcalls import GUEST_ERRORS, SubcallDesk
 
 __all__ = ("Run", "RunConfig", "prelude_source")
 
-#: The name under which the prelude leaves an answer.
+#: Where the prelude leaves word of an answer, and the text given to ``FINAL``.
 FINAL_NAME: Final = "rlm_final"
+ANSWER_NAME: Final = "rlm_answer"
 #: Names of the REPL that are no answer when a model writes ``FINAL: P``.
 _OWN_NAMES: Final = frozenset({"ctx", "P", "llm_query", "llm_batch", "peek", "tail", "lenP", "SHOW_VARS", "FINAL", "FINAL_VAR"})
 _MISSING: Final = object()
@@ -301,13 +302,19 @@ class Run:
             record = _quietly(lambda: repl.get(FINAL_NAME))
         if not isinstance(record, dict):
             return None
-        count, kind, text = record.get("count"), record.get("kind"), record.get("text")
+        count, name = record.get("count"), record.get("name")
         if not isinstance(count, int) or count == self._finals_seen:
             return None
         self._finals_seen = count
-        if count == 0 or result.state == "restored" or not isinstance(text, str):
+        if count == 0 or result.state == "restored" or not isinstance(name, str):
             return None
-        return FinalAnswer("variable" if kind == "variable" else "text", text)
+        return FinalAnswer("variable", name)
+
+    def _count_again(self, repl: REPLProtocol) -> None:
+        """A read took the guest down: find out which answers it still knows of."""
+        record = _quietly(lambda: repl.get(FINAL_NAME))
+        count = record.get("count") if isinstance(record, dict) else 0
+        self._finals_seen = count if isinstance(count, int) else 0
 
     # ---- answers
 
@@ -347,15 +354,16 @@ class Run:
         try:
             value = repl.get(name, _MISSING)
         except (GuestError, LimitExceeded, GuestCrashed, ProtocolViolation) as exc:
-            raise _Rejected(f"the variable {name} cannot be read ({type(exc).__name__}). Use FINAL(str(...)).") from exc
+            self._count_again(repl)
+            raise _Rejected(f"{_called(name)} cannot be read ({type(exc).__name__}). Give a shorter text.") from exc
         if value is _MISSING:
             raise _Rejected(
                 f"there is no variable named {name}. SHOW_VARS() lists yours; if this is the text of the answer, write FINAL: {name}"
             )
         if isinstance(value, Opaque):
-            raise _Rejected(f"the variable {name} holds an object ({value.type_name[:100]}) and no text. Use FINAL(str({name})).")
+            raise _Rejected(f"{_called(name)} holds an object ({value.type_name[:100]}) and no text. Use FINAL(str({name})).")
         if value is None or value == "":
-            raise _Rejected(f"the variable {name} is empty.")
+            raise _Rejected(f"{_called(name)} is empty.")
         return value if isinstance(value, str) else str(value)
 
     def _best_answer(self, repl: REPLProtocol, reason: StopReason) -> str:
@@ -396,6 +404,10 @@ class _LiveOutput:
 
     def text(self, stream: str) -> str:
         return "".join(chunk.text for chunk in self._seen if chunk.stream == stream)
+
+
+def _called(name: str) -> str:
+    return "the answer" if name == ANSWER_NAME else f"the variable {name}"
 
 
 def _quietly(read: Callable[[], Any]) -> Any:

@@ -20,7 +20,9 @@ from rlm_sandbox import (
     Context,
     ExecResult,
     FakeAdapter,
+    GuestCrashed,
     JsonlWriter,
+    LimitExceeded,
     LimitHit,
     Limits,
     Policy,
@@ -196,9 +198,37 @@ def test_the_final_of_a_killed_cell_does_not_count(state: str) -> None:
 
 
 def test_a_guest_may_leave_anything_under_the_answers_name() -> None:
-    forged = ["None", "7", "{'count': 'x'}", "{'count': 9}", "{'count': 10, 'kind': 1, 'text': 2}", "[]"]
+    forged = ["None", "7", "{'count': 'x'}", "{'count': 9}", "{'count': 10, 'name': 2}", "[]", "{'count': 11, 'name': 'x.y'}"]
     scenario = Scenario(*[cell(f"rlm_final = {value}") for value in forged], "FINAL: ok")
     assert scenario.run()[0] == "ok"
+
+
+def test_an_answer_that_cannot_cross_is_told_and_costs_nothing_more() -> None:
+    class Narrow(FakeREPL):
+        def get(self, name: str, default: Any = None) -> Any:
+            value = super().get(name, default)
+            if isinstance(value, str) and len(value) > 1_000:
+                raise LimitExceeded("value_bytes", 1_000)
+            return value
+
+    scenario = Scenario(cell("FINAL('x' * 10_000)"), cell("print('next')"), "FINAL: short", factory=Narrow)
+    answer, trace = scenario.run()
+    assert answer == "short"
+    assert "the answer cannot be read (LimitExceeded)" in trace.of(AnswerRejected)[0].reason
+    assert trace.cells[1].stdout == "next\n"
+
+
+def test_reading_an_answer_may_cost_the_guest_its_state() -> None:
+    class Fragile(FakeREPL):
+        def get(self, name: str, default: Any = None) -> Any:
+            value = super().get(name, default)
+            if value == "deadly":
+                self.reset()
+                raise GuestCrashed("the guest died", state="lost")
+            return value
+
+    answer, trace = Scenario(cell("FINAL('deadly')"), cell("FINAL('fine')"), factory=Fragile).run()
+    assert (answer, trace.stop_reason) == ("fine", "final")
 
 
 def test_steps_end_with_the_best_answer_not_verified() -> None:

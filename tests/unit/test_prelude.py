@@ -53,23 +53,25 @@ def test_answers_are_counted(guest: Guest) -> None:
     assert guest.final["count"] == 0
     guest.run("FINAL('same')")
     guest.run("FINAL('same')")
-    assert guest.final == {"count": 2, "kind": "text", "text": "same"}
+    assert guest.final == {"count": 2, "name": "rlm_answer"}
+    assert guest.run("rlm_answer") == "same"
 
 
 @pytest.mark.parametrize(
-    ("call", "kind", "text"),
+    ("call", "name", "text"),
     [
-        ("FINAL([1, 'x'])", "text", "[1, 'x']"),
-        ("FINAL(3.5)", "text", "3.5"),
-        ("FINAL_VAR('x')", "variable", "x"),
-        ("FINAL_VAR(' x ')", "variable", "x"),
-        ("FINAL_VAR('The answer is x.')", "text", "The answer is x."),
-        ("FINAL_VAR(42)", "text", "42"),
+        ("FINAL([1, 'x'])", "rlm_answer", "[1, 'x']"),
+        ("FINAL(3.5)", "rlm_answer", "3.5"),
+        ("FINAL_VAR('x')", "x", ""),
+        ("FINAL_VAR(' x ')", "x", ""),
+        ("FINAL_VAR('The answer is x.')", "rlm_answer", "The answer is x."),
+        ("FINAL_VAR(42)", "rlm_answer", "42"),
     ],
 )
-def test_answers(guest: Guest, call: str, kind: str, text: str) -> None:
+def test_answers(guest: Guest, call: str, name: str, text: str) -> None:
     guest.run(call)
-    assert (guest.final["kind"], guest.final["text"]) == (kind, text)
+    assert guest.final["name"] == name
+    assert guest.run("rlm_answer") == text
 
 
 def test_none_is_no_answer(guest: Guest) -> None:
@@ -81,7 +83,7 @@ def test_none_is_no_answer(guest: Guest) -> None:
 def test_a_forged_count_does_not_break_it(guest: Guest) -> None:
     guest.names["rlm_final"]["count"] = "many"
     guest.run("FINAL('a')")
-    assert guest.final == {"count": 1, "kind": "text", "text": "a"}
+    assert guest.final == {"count": 1, "name": "rlm_answer"}
 
 
 def test_stays_in_the_small_subset() -> None:
@@ -93,7 +95,6 @@ def test_stays_in_the_small_subset() -> None:
         ast.Yield,
         ast.YieldFrom,
         ast.GeneratorExp,
-        ast.Global,
         ast.Match,
     )
     assert not [node for node in ast.walk(ast.parse(prelude_source())) if isinstance(node, refused)]
@@ -117,5 +118,5 @@ def test_runs_on_the_small_interpreter() -> None:
             return session.feed_run(code, external_lookup={"session_names": lambda: {"x": "int: 1", "tail": "function"}})
 
         assert run("[peek(3), tail(4), lenP(), SHOW_VARS()]") == ["abc", TEXT[-4:], 5000, {"x": "int: 1"}]
-        assert run("FINAL([1])\nFINAL_VAR('x')\nrlm_final") == {"count": 2, "kind": "variable", "text": "x"}
-        assert run("FINAL_VAR('two words')\nrlm_final") == {"count": 3, "kind": "text", "text": "two words"}
+        assert run("FINAL([1])\nFINAL_VAR('x')\nrlm_final") == {"count": 2, "name": "x"}
+        assert run("FINAL_VAR('two words')\n[rlm_final, rlm_answer]") == [{"count": 3, "name": "rlm_answer"}, "two words"]
