@@ -92,5 +92,24 @@ class Capture:
         dropped = self._dropped[stream]
         if not dropped:
             return (bytes(self._head[stream]) + tail).decode("utf-8", "replace")
-        head = bytes(self._head[stream]).decode("utf-8", "replace")
-        return f"{head}\n[... {dropped} bytes dropped ...]\n{tail.decode('utf-8', 'replace')}"
+        head = _whole_head(bytes(self._head[stream])).decode("utf-8", "replace")
+        return f"{head}\n[... {dropped} bytes dropped ...]\n{_whole_tail(tail).decode('utf-8', 'replace')}"
+
+
+def _whole_head(data: bytes) -> bytes:
+    """``data`` without a character that was cut at its end."""
+    for back in range(1, min(3, len(data)) + 1):
+        byte = data[-back]
+        if byte & 0xC0 == 0x80:
+            continue
+        wanted = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
+        return data[:-back] if wanted > back else data
+    return data
+
+
+def _whole_tail(data: bytes) -> bytes:
+    """``data`` without the rest of a character that was cut at its start."""
+    start = 0
+    while start < min(3, len(data)) and data[start] & 0xC0 == 0x80:
+        start += 1
+    return data[start:]

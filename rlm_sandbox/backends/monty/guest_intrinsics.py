@@ -67,7 +67,7 @@ def _rlm_summary(value: object) -> str:
 
 def _rlm_summaries(scope: dict[str, object]) -> dict[str, str]:
     """Every variable of ``scope`` that is not the machinery's."""
-    return {name: _rlm_summary(scope[name]) for name in scope if not name.startswith("_rlm") and name != "HostCallError"}
+    return {name: _rlm_summary(scope[name]) for name in scope if not name.startswith("_rlm")}
 
 
 def session_names() -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import keyword
 import secrets
 import threading
 import time
@@ -16,7 +15,9 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from ...binding import Exposed
+from ...bridge.capture import Capture
 from ...bridge.host_pool import HostPool
+from ...bridge.names import checked_name
 from ...context import Context, WholeText
 from ...errors import GuestCrashed, GuestError, LimitExceeded, SandboxError, SessionBusy, SessionClosed, UnsendableValue
 from ...limits import Limits
@@ -28,7 +29,6 @@ from . import values
 from .cells import Cell, read_cell
 from .failures import Ending, Failure, read_failure
 from .host_calls import HostDoor
-from .output import OutputCapture
 from .pool import Slot
 from .turn import Clock, Turn, TurnStopped
 
@@ -41,6 +41,8 @@ _DUMP_SECONDS: Final = 20.0
 _RECOVERY_SECONDS: Final = 10.0
 #: Sources kept for tracebacks.
 _KEPT_SOURCES: Final = 1_000
+#: Names of the intrinsics, which are no variables of the guest until it makes them some.
+_OWN_NAMES: Final = frozenset({"HostCallError", "session_names"})
 #: Reasons of `TurnStopped` that are limits.
 _LIMIT_FIELDS: Final = ("time_seconds", "wall_seconds", "session_seconds", "host_calls", "value_bytes")
 
@@ -161,8 +163,9 @@ class MontySession:
     ) -> ExecResult:
         if not isinstance(code, str):
             raise TypeError(f"code must be source code as a str, not {type(code).__name__}")
-        if isinstance(read, str) or not all(isinstance(name, str) for name in read):
-            raise TypeError("read takes a tuple of names")
+        if isinstance(read, str):
+            raise TypeError(f"exec(read=...) takes a tuple of names, not one string; write ({read!r},)")
+        wanted = tuple(checked_name(name) for name in read)
         narrowed = self._limits.narrowed(limits)
         with self._entered() as lost_before:
             self._cells += 1
@@ -171,7 +174,7 @@ class MontySession:
                 return ExecResult(
                     outcome="error", error=cell.problem, traceback=f"{cell.problem}\n", protected=self._point is not None
                 )
-            result = self._exec(cell, code, narrowed, tuple(read), on_output)
+            result = self._exec(cell, code, narrowed, wanted, on_output)
             if lost_before is not None and result.state == "kept":
                 # The recovery point could not be written after the last cell, and the interpreter died of it.
                 return _with_state(result, "lost", lost_before)
@@ -180,14 +183,14 @@ class MontySession:
     def _exec(
         self, cell: Cell, code: str, limits: Limits, read: tuple[str, ...], on_output: Callable[[OutputChunk], None] | None
     ) -> ExecResult:
-        capture = OutputCapture(limits.output_bytes)
+        capture = Capture(limits.output_bytes)
         clock = self._clock(limits)
         turn = self._new_turn(clock, limits, on_output)
         room = limits.output_bytes
 
         def listen(stream: Stream, text: str) -> None:
             nonlocal room
-            capture.write(stream, text)
+            capture.add(stream, text.encode("utf-8", "surrogatepass"))
             # The live view ends where the kept head could: a flood must not pile up in the mailbox.
             if on_output is not None and (room is None or room > 0):
                 turn.post_output(stream, text)
@@ -255,7 +258,7 @@ class MontySession:
             usage=Usage(
                 time_seconds=clock.guest_seconds,
                 wall_seconds=clock.elapsed,
-                output_bytes=capture.written,
+                output_bytes=capture.total,
                 host_calls=turn.host_calls,
             ),
             protected=protected,
@@ -290,8 +293,7 @@ class MontySession:
     # ---- values
 
     def get(self, name: str, default: Any = None) -> Any:
-        if not isinstance(name, str):
-            raise TypeError(f"a name must be a str, not {type(name).__name__}")
+        checked_name(name)
         with self._entered():
             with self._reading() as turn:
                 found = self._take(turn, (name,))
@@ -328,7 +330,10 @@ class MontySession:
             return {
                 key[:200]: text[:200]
                 for key, text in found.items()
-                if type(key) is str and type(text) is str and key not in self._bindings and key != "session_names"
+                if type(key) is str
+                and type(text) is str
+                and key not in self._bindings
+                and (key not in _OWN_NAMES or key in self._names)
             }
 
     # ---- turns
@@ -396,7 +401,7 @@ class MontySession:
 
     def _take(self, turn: Turn, names: tuple[str, ...]) -> dict[str, Any]:
         """The plain values of variables that exist."""
-        wanted = [name for name in dict.fromkeys(names) if _is_name(name)]
+        wanted = [name for name in dict.fromkeys(names) if name not in _OWN_NAMES or name in self._names]
         if not wanted:
             return {}
         found = self._feed(turn, f"_rlm_take(locals(), {wanted!r}, {self._mark!r})")
@@ -633,16 +638,8 @@ def _limit_text(hit: LimitHit) -> str:
     return f"the {hit.kind} limit of {hit.limit:g} was hit"
 
 
-def _is_name(name: Any) -> bool:
-    return type(name) is str and name.isidentifier() and name.isascii() | name.isprintable() and not keyword.iskeyword(name)
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"a name must be a str, not {type(name).__name__}")
-    if not name.isidentifier() or keyword.iskeyword(name):
-        raise ValueError(f"{name!r} is not a variable name")
-    if name.startswith("_rlm"):
+def _check_name(name: str) -> None:
+    if checked_name(name).startswith("_rlm"):
         raise ValueError(f"{name!r} is reserved; choose another name")
 
 

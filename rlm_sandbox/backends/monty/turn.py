@@ -6,6 +6,7 @@ call, an interrupt, a deadline. Engine calls themselves run on the worker's thre
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from .host_calls import Answer, HostDoor
 from .pool import ENGINE, Worker
 
 __all__ = ("Clock", "Turn", "TurnStopped")
+
+log: Final = logging.getLogger("rlm_sandbox.output")
 
 OUTPUT: Final = "output"
 CALL: Final = "call"
@@ -188,8 +191,7 @@ class Turn:
             if event[0] == STOP:
                 raise TurnStopped(event[1])
             if event[0] == OUTPUT:
-                if self._on_output is not None:
-                    self._on_output(OutputChunk(event[1], event[2]))
+                self._show(OutputChunk(event[1], event[2]))
                 continue
             if event[0] == CALL:
                 _, call_id, outcome = event
@@ -197,6 +199,15 @@ class Turn:
                 if call is not None:
                     self._settled[call_id] = self._door.answer(call, outcome)
             return event
+
+    def _show(self, chunk: OutputChunk) -> None:
+        if self._on_output is None:
+            return
+        try:
+            self._on_output(chunk)
+        except Exception:  # a listener's error must not cost the caller the cell's result
+            log.exception("on_output raised; it is not called again in this cell")
+            self._on_output = None
 
     # ---- snapshots
 
