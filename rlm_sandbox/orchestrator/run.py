@@ -237,8 +237,6 @@ class Run:
                 said.append(
                     "The cell was stopped, so the FINAL it had called does not count." if stopped else self._take(repl, final)
                 )
-            if self._ledger.seconds_left == 0:
-                raise _Stop("max_seconds")
             if result.ok and final is None:
                 continue
             if done < len(reply.blocks):
@@ -293,12 +291,9 @@ class Run:
 
     def _new_final(self, repl: REPLProtocol, result: ExecResult) -> FinalAnswer | None:
         """The answer that this cell gave by ``FINAL`` or ``FINAL_VAR``, if it did. Guest data: any of it may be forged."""
-        if result.state == "lost":
-            self._finals_seen = 0
-            return None
         record = result.read.get(FINAL_NAME)
         if record is None and not result.ok:
-            # A killed cell reads nothing: find out where the count stands in what was restored.
+            # A killed cell reads nothing: find out where the count stands in what is there now.
             record = _quietly(lambda: repl.get(FINAL_NAME))
         if not isinstance(record, dict):
             return None
@@ -306,7 +301,7 @@ class Run:
         if not isinstance(count, int) or count == self._finals_seen:
             return None
         self._finals_seen = count
-        if count == 0 or result.state == "restored" or not isinstance(name, str):
+        if count == 0 or not isinstance(name, str):
             return None
         return FinalAnswer("variable", name)
 

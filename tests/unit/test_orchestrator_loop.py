@@ -184,7 +184,6 @@ def test_the_final_of_a_killed_cell_does_not_count(state: str) -> None:
     scenario = Scenario(
         cell("FINAL_VAR('nope')"),
         cell(f"x = 1\nFINAL('too early') # kill {state}"),
-        cell("y = 2"),
         cell("FINAL('right')"),
         factory=Killing,
     )
@@ -318,7 +317,26 @@ def test_run_time_ends_a_cell_that_waits_for_sub_calls() -> None:
     assert limit is not None
     assert limit.kind == "wall_seconds"
     assert limit.limit < 0.16
+    assert len(trace.cells) == 1
     assert len(scenario.adapter.call_log) == 1
+
+
+def test_a_sub_call_that_outlives_its_cell_is_abandoned() -> None:
+    def stuck(prompt: str) -> str:
+        release.wait(5)
+        return "late"
+
+    release = threading.Event()
+    model = FakeAdapter()
+    model.add_rule("", stuck)
+    code = "import threading, time\nthreading.Thread(target=llm_query, args=('x',), daemon=True).start()\ntime.sleep(0.05)"
+    scenario = Scenario(cell(code), "FINAL: ok", subcall_adapter=model)
+    _, trace = scenario.run()
+    release.set()
+    kinds = [event.kind for event in trace]
+    assert kinds[kinds.index("subcall_started") :][:3] == ["subcall_started", "subcall_finished", "cell_finished"]
+    assert trace.subcalls[0].error == "abandoned: the cell ended first"
+    assert kinds[-1] == "run_finished"
 
 
 def test_run_time_ends_a_model_call() -> None:
