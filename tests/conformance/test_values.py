@@ -205,7 +205,7 @@ def test_an_instance_is_opaque_with_its_type(repl: REPLProtocol) -> None:
     assert found.type_name == "Thing"
 
 
-@needs(Feature.CPYTHON)
+@needs(Feature.CLASSES)
 def test_hostile_reprs_and_names_are_data(repl: REPLProtocol) -> None:
     code = (
         "class Long:\n    def __repr__(self):\n        return 'x' * 10_000_000\n"
