@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ from rlm_sandbox.limits import PER_CELL, PER_SESSION
 from rlm_sandbox.registry import Availability, SessionConfig, load_backend
 
 REQUIRE = "RLM_SANDBOX_REQUIRE"
+#: A test of the contract that takes longer hangs; the time-out of pyproject.toml is for the rest.
+TIMEOUT_SECONDS = 60
 
 
 class OpenSession(Protocol):
@@ -98,6 +100,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Turn ``needs`` and ``only_if`` into what pytest knows, by what the backend of each test declares."""
     for item in items:
         params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+        if "backend" in params and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIMEOUT_SECONDS))
         capabilities = _declared(params["backend"]) if "backend" in params else None
         if capabilities is None:
             continue
@@ -135,12 +139,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 def capabilities(backend: str) -> Capabilities:
     """What the backend under test declares."""
     return load_backend(backend).capabilities(SessionConfig())
-
-
-@pytest.fixture
-def supported(capabilities: Capabilities) -> Callable[[Feature], bool]:
-    """``supported(feature)``: for the part of a test that only some backends can run."""
-    return capabilities.has
 
 
 def lowest_grade(capabilities: Capabilities, limits: Limits) -> Grade:
