@@ -36,8 +36,13 @@ _NOTES: Final = (
 class MontyBackend:
     """See `registry.Backend`."""
 
+    def __init__(self) -> None:
+        self._proven = False
+
     def probe(self) -> Availability:
-        """Run one expression in a worker."""
+        """Run one expression in a worker; once it has worked it is not tried again."""
+        if self._proven:
+            return Availability(True)
         try:
             with monty.Monty(min_processes=1, max_processes=1, request_timeout=10.0) as pool, pool.checkout() as session:
                 works = session.feed_run("1 + 1") == 2
@@ -45,6 +50,7 @@ class MontyBackend:
             return Availability(False, f"the engine does not run ({type(exc).__name__})", "run: pip install 'rlm-sandbox[monty]'")
         if not works:
             return Availability(False, "the engine gives wrong answers", "run: pip install --force-reinstall 'rlm-sandbox[monty]'")
+        self._proven = True
         return Availability(True)
 
     def capabilities(self, config: SessionConfig) -> Capabilities:

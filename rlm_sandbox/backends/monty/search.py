@@ -43,6 +43,7 @@ class SearchProcess:
         self._context = context
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
+        self._has_text = False
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a `ContextView` method in the child and wait for its answer.
@@ -57,6 +58,8 @@ class SearchProcess:
             assert child.stdin is not None
             assert child.stdout is not None
             try:
+                if not self._has_text:
+                    self._send_text(child.stdin)
                 _write(child.stdin, request)
                 answer = _read(child.stdout, _BYTES_PER_CHAR * len(self._context) + (64 << 20))
             except OSError:
@@ -93,15 +96,17 @@ class SearchProcess:
             cwd="/" if Path("/").is_dir() else None,
         )
         self._child = child
-        text = self._context.text.encode("utf-8", "surrogatepass")
+        self._has_text = False
         if hasattr(resource, "prlimit"):
-            room = _ROOM_BYTES + 10 * len(text)
+            room = _ROOM_BYTES + 10 * len(self._context)
             resource.prlimit(child.pid, resource.RLIMIT_DATA, (room, room))
             resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))
-        assert child.stdin is not None
-        _write(child.stdin, text)
-        _write(child.stdin, json.dumps(list(self._context.spans)).encode())
         return child
+
+    def _send_text(self, pipe: IO[bytes]) -> None:
+        _write(pipe, self._context.text.encode("utf-8", "surrogatepass"))
+        _write(pipe, json.dumps(list(self._context.spans)).encode())
+        self._has_text = True
 
     def _end(self, child: subprocess.Popen[bytes]) -> None:
         self._child = None

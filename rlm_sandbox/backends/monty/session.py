@@ -64,12 +64,16 @@ class _Point:
 
 
 class _Ended(Exception):
-    """A turn that did not complete. ``ending`` None: the host stopped it (``stopped``)."""
+    """A turn that did not complete. ``ending`` None: the host stopped it (``stopped``).
 
-    def __init__(self, ending: Ending | None, stopped: TurnStopped | None) -> None:
+    ``idle``: the interpreter itself is between feeds and can go on.
+    """
+
+    def __init__(self, ending: Ending | None, stopped: TurnStopped | None, *, idle: bool = False) -> None:
         super().__init__()
         self.ending = ending
         self.stopped = stopped
+        self.idle = idle
 
 
 class MontySession:
@@ -218,7 +222,7 @@ class MontySession:
                     failure = Failure(self._door.own_words(exc.ending.failure.text), exc.ending.failure.traceback)
                     found = self._take(turn, read)
             except ValueRefused:
-                ended = _Ended(None, TurnStopped("value_bytes"))
+                ended = _Ended(None, TurnStopped("value_bytes"), idle=True)
         except _Ended as exc:
             ended, failure = exc, None
         except BaseException:
@@ -231,7 +235,7 @@ class MontySession:
             self._turn = None
             self._cell_names = frozenset()
         outcome, limit, error = self._verdict(ended, failure, limits, clock)
-        if outcome in ("ok", "error") or (limit is not None and limit.kind == "value_bytes" and self._worker.alive):
+        if outcome in ("ok", "error") or (ended is not None and ended.idle):
             self._protect()
         else:
             turn.abandon()
@@ -453,8 +457,14 @@ class MontySession:
 
     def _lazy(self, name: str) -> str | None:
         context = self._texts.get(name)
-        if context is None:
-            return None
+        return None if context is None else self._text(context)
+
+    def _text(self, context: Context) -> str:
+        """A context's whole text for the guest.
+
+        Raises:
+            TurnStopped: it is larger than ``value_bytes``, or than a frame, or has lone surrogates.
+        """
         limit = min(self._limits.value_bytes or values.MAX_FRAME_BYTES, values.MAX_FRAME_BYTES)
         if len(context) > limit:
             raise TurnStopped("value_bytes", len(context))
@@ -486,7 +496,7 @@ class MontySession:
                 self._feed(turn, self._setup)
                 self._names |= cell.names
             for name, bound in self._bindings.items():
-                self._apply(turn, name, bound)
+                self._apply(turn, name, bound, fresh=True)
         except _Ended as exc:
             outcome, hit, error = self._verdict(exc, None, self._limits, clock)
             turn.abandon()
@@ -584,19 +594,27 @@ class MontySession:
     # ---- binding
 
     def _bind(self, name: str, bound: _Bound) -> None:
+        if isinstance(bound.target, WholeText) and self._is_taken(name):
+            try:
+                self._text(bound.target.context)
+            except TurnStopped as exc:
+                raise LimitExceeded("value_bytes", float(self._limits.value_bytes or 0), exc.observed) from None
         with self._reading() as turn:
             self._apply(turn, name, bound)
         self._bindings[name] = bound
         self._names.discard(name)
 
-    def _apply(self, turn: Turn, name: str, bound: _Bound) -> None:
+    def _is_taken(self, name: str) -> bool:
+        return name in self._bindings or name in self._names
+
+    def _apply(self, turn: Turn, name: str, bound: _Bound, *, fresh: bool = False) -> None:
         target = bound.target
         if isinstance(target, WholeText):
             self._door.unbind(name)
             self._texts[name] = target.context
-            if name in self._bindings or name in self._names:
+            if not fresh and self._is_taken(name):
                 # The name may have a value by now; without one, the first use asks for the text.
-                self._feed(turn, "pass", inputs={name: self._lazy(name)})
+                self._feed(turn, "pass", inputs={name: self._text(target.context)})
             return
         value = self._door.bind(name, target, bound.inline, bound.errors)
         self._texts.pop(name, None)

@@ -70,11 +70,7 @@ class Clock:
         return (None if nearest == math.inf else max(0.0, nearest)), reason
 
     def spent(self, since: float) -> None:
-        """Charge the guest for the time since ``since``.
-
-        Raises:
-            TurnStopped: that was the rest of it.
-        """
+        """Charge the guest for the time since ``since``."""
         self.guest_seconds += time.monotonic() - since
 
     def check(self) -> None:
@@ -162,12 +158,12 @@ class Turn:
         self._in_engine = True
         since = time.monotonic()
         self._worker.submit(step, self._mailbox)
-        while True:
-            event = self._next(since, grace=True)
-            if event[0] == ENGINE:
-                break
+        try:
+            while (event := self._next(since, grace=True))[0] != ENGINE:
+                continue
+        finally:
+            self.clock.spent(since)
         self._in_engine = False
-        self.clock.spent(since)
         _, value, exc = event
         if exc is not None:
             raise exc
@@ -247,10 +243,12 @@ class Turn:
                 self.clock.check()
             return self._door.answer(call, outcome)
         self._submit(call, call_id)
-        while call_id not in self._settled:
-            self._next(since if guest_work else None)
-        if guest_work:
-            self.clock.spent(since)
+        try:
+            while call_id not in self._settled:
+                self._next(since if guest_work else None)
+        finally:
+            if guest_work:
+                self.clock.spent(since)
         return self._settled.pop(call_id)
 
     def _submit(self, call: HostCall, call_id: int) -> None:
@@ -271,9 +269,11 @@ class Turn:
                 self._timers[snapshot.call_id] = due
                 return {"future": ...}
             since = time.monotonic()
-            while self._next(since, until=due)[0] != "timer":
-                continue
-            self.clock.spent(since)
+            try:
+                while self._next(since, until=due)[0] != "timer":
+                    continue
+            finally:
+                self.clock.spent(since)
             return {"return_value": None}
         if name == "import":
             module = str(args[0])[:100] if args else ""
@@ -305,6 +305,8 @@ class Turn:
             if settled or not (waiting or any(key in self._timers for key in pending)):
                 return settled
             until = min((self._timers[key] for key in pending if key in self._timers), default=None)
-            self._next(None if waiting else now, until=until)
-            if not waiting:
-                self.clock.spent(now)
+            try:
+                self._next(None if waiting else now, until=until)
+            finally:
+                if not waiting:
+                    self.clock.spent(now)

@@ -1,0 +1,349 @@
+"""The monty backend under attack, and what only this backend does. The contract itself is tests/conformance."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rlm_sandbox import (
+    BackendUnavailable,
+    Context,
+    ExecResult,
+    GuestCrashed,
+    GuestError,
+    LimitExceeded,
+    Limits,
+    Opaque,
+    PoolTimeout,
+    REPLProtocol,
+    UnsendableValue,
+    expose,
+    open_repl,
+)
+from rlm_sandbox.options import MontyOptions
+from rlm_sandbox.registry import load_backend
+
+from ..conftest import REQUIRE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _engine() -> None:
+    try:
+        found = load_backend("monty").probe()
+        reason = "" if found.usable else found.reason
+    except BackendUnavailable as exc:
+        reason = exc.reason
+    if reason:
+        required = {part.strip() for part in os.environ.get(REQUIRE, "").split(",")}
+        (pytest.fail if required & {"monty", "all"} else pytest.skip)(f"monty is unavailable: {reason}")
+
+
+@pytest.fixture
+def open_monty() -> Iterator[Callable[..., REPLProtocol]]:
+    opened: list[REPLProtocol] = []
+
+    def open_one(**limits: object) -> REPLProtocol:
+        repl = open_repl("monty", limits=Limits(**limits))  # type: ignore[arg-type]
+        opened.append(repl)
+        return repl
+
+    yield open_one
+    for repl in opened:
+        repl.close()
+
+
+@pytest.fixture
+def repl(open_monty: Callable[..., REPLProtocol]) -> REPLProtocol:
+    return open_monty()
+
+
+def worker_pid(repl: REPLProtocol) -> int:
+    pid = repl._worker._pid  # type: ignore[attr-defined]
+    assert isinstance(pid, int)
+    return pid
+
+
+# ---- attacks: (outcomes, limit kinds) of each
+
+_ATTACKS: dict[str, tuple[str, str, str | None]] = {
+    "loop": ("while True: pass", "limit", "time_seconds"),
+    "swallow": ("while True:\n  try:\n    while True: pass\n  except BaseException: pass", "limit", "time_seconds"),
+    "finally": ("try:\n  while True: pass\nfinally:\n  while True: pass", "limit", "time_seconds"),
+    "sleep": ("import time\ntime.sleep(3600)", "limit", "time_seconds"),
+    "many sleeps": ("import time\nwhile True:\n  time.sleep(0.01)", "limit", "time_seconds"),
+    "async sleep": ("import asyncio\nawait asyncio.sleep(3600)", "limit", "time_seconds"),
+    "regex": ("import re\nre.match(r'(a+)+(?=b)\\1$', 'a' * 40)", "error", None),
+    "regex on the context": ("ctx.find(r'(a|aa)+$', regex=True)", "limit", "time_seconds"),
+    "page marker": ("ctx.page(1, marker_pattern='(a|aa)+$')", "limit", "time_seconds"),
+    "context in crumbs": ("ctx.chunk(2, overlap=1)", "error", None),
+    "every match": ("ctx.find('a', max_matches=10**9)", "error", None),
+    "power": ("3 ** (10**8)", "limit", "time_seconds"),
+    "one string": ("'a' * 10**10", "limit", "memory_mb"),
+    "growing list": ("big = []\nwhile True: big.append('x' * 1000)", "limit", "memory_mb"),
+    "squares": ("x = 2\nfor i in range(60): x = x * x", "limit", "memory_mb"),
+    "recursion": ("def f(): return f()\nf()", "error", None),
+    "flood": ("while True: print('x' * 1_000_000)", "limit", "time_seconds"),
+    "argument": ("ask([0.5] * 10_000_000)", "limit", "memory_mb"),
+    "brackets": ("(" * 3000 + ")" * 3000, "error", None),
+    "shadow": ("open('/etc/shadow').read()", "error", None),
+    "environment": ("import os\nos.environ", "error", None),
+    "socket": ("import socket", "error", None),
+}
+
+
+@pytest.mark.parametrize("attack", _ATTACKS.values(), ids=_ATTACKS)
+def test_an_attack_costs_only_its_cell(open_monty: Callable[..., REPLProtocol], attack: tuple[str, str, str | None]) -> None:
+    code, outcome, kind = attack
+    repl = open_monty(time_seconds=0.3, memory_mb=64)
+    repl.bind("ctx", Context.from_text("a" * 1_000_000 + "b"))
+    repl.bind("ask", len)
+    assert repl.exec("keep = [1, 2]\ndef double(x):\n    return 2 * x").outcome == "ok"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = repl.exec(code)
+    assert (result.outcome, result.limit and result.limit.kind) == (outcome, kind), result.error
+    assert result.state == ("restored" if outcome == "limit" else "kept")
+    assert len(result.stdout) <= 70_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000, "the host does not grow (KiB)"
+    after = repl.exec("double(keep[1]), len(ctx), ask('abc')")
+    assert (after.value, after.state) == ("(4, 1000001, 3)", "kept")
+
+
+# ---- kernel limits
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="kernel limits are put on a worker on Linux only")
+def test_the_worker_has_kernel_limits(open_monty: Callable[..., REPLProtocol]) -> None:
+    repl = open_monty(memory_mb=64)
+    pid = worker_pid(repl)
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
+    assert 64 << 20 < soft < 200 << 20
+    assert soft <= hard < 400 << 20
+    assert resource.prlimit(pid, resource.RLIMIT_FSIZE) == (0, 0)
+    assert resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
+    assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[1] <= 64
+    assert resource.prlimit(pid, resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY
+    assert Path(f"/proc/{pid}/environ").read_bytes() == b""
+
+
+def test_a_worker_serves_one_session(open_monty: Callable[..., REPLProtocol]) -> None:
+    first = open_monty()
+    pid = worker_pid(first)
+    first.close()
+    assert worker_pid(open_monty()) != pid
+
+
+# ---- recovery
+
+
+def test_a_killed_worker_is_a_crash_and_is_restored(repl: REPLProtocol) -> None:
+    repl.bind("die", lambda: os.kill(worker_pid(repl), signal.SIGKILL))
+    repl.bind("store", expose({"a": 1}, methods=("get",)))
+    repl.exec("x = 1\nalias = [store]")
+    result = repl.exec("x = 2\ndie()\nwhile True: pass")
+    assert (result.outcome, result.state) == ("crashed", "restored")
+    assert repl.exec("x, store.get('a'), alias[0].get('a')").value == "(1, 1, 1)"
+
+
+def test_a_worker_killed_between_cells_costs_the_state_and_says_so(repl: REPLProtocol) -> None:
+    repl.bind("ask", str.upper)
+    repl.exec("x = 1")
+    repl.get("x")
+    os.kill(worker_pid(repl), signal.SIGKILL)
+    time.sleep(0.05)
+    result = repl.exec("ask('a')")
+    assert result.outcome == "crashed" or (result.state, result.lost_names, result.value) == ("lost", ("x",), "'A'")
+    assert repl.exec("ask('b')").value == "'B'"
+
+
+def test_a_heap_too_large_to_dump_is_unprotected_and_alive(open_monty: Callable[..., REPLProtocol]) -> None:
+    repl = open_monty(memory_mb=512, time_seconds=5)
+    assert repl.exec("big = ['%09d' % i + 'x' * 999_990 for i in range(300)]").outcome == "ok"
+    result = repl.exec("len(big)")
+    assert (result.value, result.protected) == ("300", False)
+
+
+def test_a_host_object_returned_in_a_killed_cell_is_forgotten(open_monty: Callable[..., REPLProtocol]) -> None:
+    repl = open_monty(time_seconds=0.2)
+    repl.bind("make", lambda: expose([3, 1], methods=("count",)))
+    repl.exec("old = make()")
+    repl.exec("new = make()\nwhile True: pass")
+    assert repl.exec("old.count(3)").value == "1"
+    assert len(repl._door.table) == 2  # type: ignore[attr-defined]
+
+
+# ---- host calls
+
+
+def test_pending_calls_run_in_parallel_and_timers_with_them(repl: REPLProtocol) -> None:
+    barrier = threading.Barrier(3)
+
+    async def meet(n: int) -> int:
+        import asyncio
+
+        await asyncio.to_thread(barrier.wait, 10)
+        return n
+
+    repl.bind("meet", meet)
+    code = "import asyncio\nasync def nap():\n    await asyncio.sleep(0.01)\n    return 'slept'\nawait asyncio.gather(meet(1), meet(2), meet(3), nap())"
+    assert repl.exec(code).value == "[1, 2, 3, 'slept']"
+
+
+def test_a_failed_call_can_be_caught_by_its_name(repl: REPLProtocol) -> None:
+    def ask() -> None:
+        raise RuntimeError("secret")
+
+    repl.bind("ask", ask)
+    assert repl.exec("try:\n    ask()\nexcept HostCallError as e:\n    r = str(e)\nr").value == "'ask failed'"
+    assert repl.exec("ask()").error == "HostCallError: ask failed"
+
+
+def test_a_method_can_be_taken_along(repl: REPLProtocol) -> None:
+    repl.bind("ctx", Context.from_text("a needle"))
+    assert repl.exec("look = ctx.find\nlook('needle')").value == "[(2, 8, 'needle')]"
+
+
+def test_methods_beside_the_allow_list_do_not_exist(repl: REPLProtocol) -> None:
+    repl.bind("ctx", Context.from_text("text"))
+    for attempt in ("ctx.text", "ctx.memory_file()", "ctx.search", "ctx.rlm_len(1)", "ctx._context", "ctx.rlm_str()"):
+        assert repl.exec(attempt).outcome == "error", attempt
+
+
+def test_context_errors_keep_their_type(repl: REPLProtocol) -> None:
+    repl.bind("ctx", Context.from_text("text"))
+    assert (repl.exec("ctx.get_document(5)").error or "").startswith("IndexError: there is no document 5")
+    assert (repl.exec("ctx.find('(', regex=True)").error or "").startswith("re.PatternError: ")
+    assert (repl.exec("ctx.chunk(0)").error or "").startswith("ValueError: ")
+
+
+# ---- values and names
+
+
+def test_what_is_not_plain_is_opaque_and_never_text(repl: REPLProtocol) -> None:
+    repl.bind("ask", str.upper)
+    repl.exec("def f(): pass\nvalues = [f, len, ask, range(3), iter([1]), int, (1).__class__ if False else 1j]")
+    found = repl.get("values")
+    assert all(isinstance(item, Opaque) for item in found)
+    assert found[0].type_name == "function"
+
+
+@pytest.mark.parametrize("value", ["\ud800", {"k": ["\udfff"]}])
+def test_what_the_engine_would_change_is_refused(repl: REPLProtocol, value: object) -> None:
+    with pytest.raises(UnsendableValue):
+        repl.set("x", value)
+
+
+def test_session_names_sees_variables_from_inside_functions(repl: REPLProtocol) -> None:
+    repl.set("given", [1, 2])
+    result = repl.exec("mine = 'x' * 100\ndef show():\n    return session_names()\nshow()")
+    assert result.value is not None
+    assert "'given': 'list, 2 items'" in result.value
+    assert "str, 100 characters: " in result.value
+    assert repl.names().keys() == {"given", "mine", "show"}
+
+
+def test_the_whole_text_comes_on_first_use_only(open_monty: Callable[..., REPLProtocol]) -> None:
+    repl = open_monty(value_bytes=10_000)
+    repl.bind("P", Context.from_text("p" * 5_000).whole)
+    assert repl.exec("len(P)").value == "5000"
+    repl.bind("Q", Context.from_text("q" * 20_000).whole)
+    result = repl.exec("len(Q)")
+    assert result.limit is not None
+    assert (result.outcome, result.limit.kind, result.state) == ("limit", "value_bytes", "restored")
+    assert repl.exec("len(P)").value == "5000"
+
+
+# ---- the subset
+
+
+@pytest.mark.parametrize(
+    ("code", "feature"),
+    [
+        ("class E(Exception):\n    pass", "inheritance"),
+        ("def g():\n    yield 1", "generators"),
+        ("x = 1\ndel x", "del"),
+        ("import enum", "imports"),
+        ("globals()", "cpython"),
+        ("x = '\\ud800'", "cpython"),
+    ],
+)
+def test_what_the_subset_lacks_names_the_feature(repl: REPLProtocol, code: str, feature: str) -> None:
+    error = repl.exec(code).error
+    assert error is not None
+    assert feature in error
+    assert "use a backend whose capabilities list" in error
+
+
+def test_setup_that_fails_is_a_guest_error() -> None:
+    with pytest.raises(GuestError, match="division by zero"):
+        open_repl("monty", setup="1 / 0")
+    with pytest.raises(LimitExceeded):
+        open_repl("monty", setup="while True: pass", limits=Limits(time_seconds=0.2))
+
+
+# ---- the pool
+
+
+def test_a_full_pool_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlm_sandbox.backends.monty import pool
+
+    monkeypatch.setattr(pool, "SLOT_SECONDS", 0.1)
+    options = MontyOptions(max_processes=1)
+    with open_repl("monty", options=options), pytest.raises(PoolTimeout, match="max_processes=2"):
+        open_repl("monty", options=options)
+    with open_repl("monty", options=options) as repl:
+        assert repl.exec("1").value == "1"
+
+
+def test_a_session_that_is_dropped_frees_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+
+    from rlm_sandbox.backends.monty import pool
+
+    monkeypatch.setattr(pool, "SLOT_SECONDS", 2.0)
+    options = MontyOptions(max_processes=1)
+    for _ in range(3):
+        repl = open_repl("monty", options=options)
+        assert repl.exec("1").value == "1"
+        repl = None  # type: ignore[assignment]
+        gc.collect()
+
+
+# ---- Ctrl-C
+
+
+def test_a_host_interrupt_ends_the_cell_and_not_the_session(repl: REPLProtocol) -> None:
+    repl.exec("x = 5")
+    repl.get("x")
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        repl.exec("while True: pass")
+    assert time.monotonic() - start < 5
+    timer.join()
+    result = repl.exec("x")
+    assert (result.value, result.state) == ("5", "kept")
+
+
+def test_interrupt_from_another_thread(repl: REPLProtocol) -> None:
+    repl.exec("x = 5")
+    timer = threading.Timer(0.1, repl.interrupt)
+    timer.start()
+    result: ExecResult = repl.exec("while True: pass")
+    timer.join()
+    assert (result.outcome, result.state) == ("interrupted", "restored")
+
+
+def test_a_crash_while_reading_is_raised(repl: REPLProtocol) -> None:
+    repl.exec("class Slow:\n    def __repr__(self):\n        die()\n        return ''\nslow = Slow()")
+    repl.bind("die", lambda: os.kill(worker_pid(repl), signal.SIGKILL))
+    with pytest.raises((GuestCrashed, GuestError)):
+        repl.get("slow")
+    assert repl.exec("1").value == "1"
