@@ -316,6 +316,19 @@ def test_the_host_call_budget_cannot_be_swallowed(open_session: OpenSession) -> 
     assert len(calls) == 3
 
 
+def test_limits_hit_in_a_host_call_one_after_another(open_session: OpenSession) -> None:
+    """The cell is ended while its call is on the way: wherever that meets the guest, the next turn finds it in step."""
+    repl = open_session(limits=Limits(host_calls=3, time_seconds=5))
+    repl.bind("f", lambda i: None)
+    ok(repl.exec("x = 1"))
+    for _ in range(25):
+        result = repl.exec("for i in range(10):\n    f(i)")
+        assert_limit(result, "host_calls", 3)
+        assert_alive(repl, result, x=1)
+        if result.state == "lost":
+            ok(repl.exec("x = 1"))
+
+
 def test_the_host_call_budget_is_per_cell(open_session: OpenSession) -> None:
     repl = open_session(limits=Limits(host_calls=5))
     repl.bind("f", lambda: 1)
