@@ -47,8 +47,8 @@ class LimitExceeded(SandboxError):
     """
 
     def __init__(self, kind: str, limit: float, observed: float | None = None) -> None:
-        seen = "" if observed is None else f" (observed {observed:g})"
-        super().__init__(f"the {kind} limit of {limit:g} was hit{seen}; open a session with a wider limit if the work needs it")
+        seen = "" if observed is None else f" (observed {observed:,})"
+        super().__init__(f"the {kind} limit of {limit:,} was hit{seen}; open a session with a wider limit if the work needs it")
         self.kind = kind
         self.limit = limit
         self.observed = observed

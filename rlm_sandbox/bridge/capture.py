@@ -88,28 +88,12 @@ class Capture:
 
     def text(self, stream: Stream) -> str:
         """Head and tail of one stream, with a note where something was dropped. Raw: who renders it makes it inert."""
+        head = bytes(self._head[stream])
         tail = b"".join(bytes(data) for name, data in self._tail if name == stream)
         dropped = self._dropped[stream]
         if not dropped:
-            return (bytes(self._head[stream]) + tail).decode("utf-8", "replace")
-        head = _whole_head(bytes(self._head[stream])).decode("utf-8", "replace")
-        return f"{head}\n[... {dropped} bytes dropped ...]\n{_whole_tail(tail).decode('utf-8', 'replace')}"
-
-
-def _whole_head(data: bytes) -> bytes:
-    """``data`` without a character that was cut at its end."""
-    for back in range(1, min(3, len(data)) + 1):
-        byte = data[-back]
-        if byte & 0xC0 == 0x80:
-            continue
-        wanted = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
-        return data[:-back] if wanted > back else data
-    return data
-
-
-def _whole_tail(data: bytes) -> bytes:
-    """``data`` without the rest of a character that was cut at its start."""
-    start = 0
-    while start < min(3, len(data)) and data[start] & 0xC0 == 0x80:
-        start += 1
-    return data[start:]
+            return (head + tail).decode("utf-8", "replace")
+        # A character that the cut went through is dropped whole.
+        whole_head = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
+        whole_tail = tail[next((at for at in range(min(4, len(tail))) if tail[at] & 0xC0 != 0x80), 0) :]
+        return f"{whole_head}\n[... {dropped} bytes dropped ...]\n{whole_tail.decode('utf-8', 'replace')}"

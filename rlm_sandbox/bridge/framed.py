@@ -23,18 +23,21 @@ from ..registry import SessionConfig
 from ..results import ExecResult, LimitHit, Opaque, Outcome, OutputChunk, State, Usage
 from ..wire.codec import Attachment, Encoder, OpaqueValue, ValueRefused
 from ..wire.frames import dump_frame
-from ..wire.messages import BindObject, BindText, Configure, Exec, Get, Message, Names, Protect, SetValue, dump_message
+from ..wire.messages import TOO_LARGE, BindObject, BindText, Configure, Exec, Get, Message, Names, Protect, SetValue, dump_message
 from .capture import Capture
 from .guest import Death, Guest, GuestLost
 from .handles import HandleTable
 from .host_pool import HostPool
 from .names import checked_name
-from .turn import FRAME_OVERHEAD, Turn, TurnEnd, WakePipe
+from .turn import Turn, TurnEnd, WakePipe
 
 __all__ = ("FramedSession",)
 
 log: Final = logging.getLogger("rlm_sandbox.session")
 
+#: A heap that leaves less than this after a MemoryError is given up for the recovery point: no cell could run in it.
+_HEADROOM_MB: Final = 8
+_HEADROOM_SHARE: Final = 0.1
 _HELLO_SECONDS: Final = 10.0
 #: The supervisor's own deadline is shorter; this one catches a supervisor that is gone or hung.
 _PROTECT_SECONDS: Final = 5.0
@@ -82,6 +85,7 @@ class FramedSession:
         self._cell = 0
         self._protected = False
         self._protecting = False
+        self._has_standby = False
         self._stale = True
         self._setting_up = False
         self._pending_state: State = "kept"
@@ -253,6 +257,8 @@ class FramedSession:
                 raise KeyboardInterrupt
             if end.hit is not None:
                 raise LimitExceeded(end.hit.kind, end.hit.limit, end.hit.observed)
+            if end.failure is not None and end.failure[0] == TOO_LARGE and self._limits.value_bytes is not None:
+                raise LimitExceeded("value_bytes", self._limits.value_bytes)
             if end.failure is not None:
                 raise GuestError(*end.failure)
             return end
@@ -290,11 +296,13 @@ class FramedSession:
         started, cpu_before = time.monotonic(), self._guest.cpu_seconds()
         end = self._turn_or_lost(limits, capture, Exec(self._cell, code, read, limits.output_bytes), encoder.attachments)
         death, peak, cpu_after = end.death, None, None
+        if end.kind == "done" and end.failure is not None and end.failure[0] == "MemoryError":
+            peak = self._guest.peak_memory_mb()
+            if self._is_out_of_memory():
+                end.kind = "killed"
         state, lost = self._pending_state, self._pending_lost
         self._pending_state, self._pending_lost = "kept", ()
         if end.kind == "done":
-            if end.failure is not None and end.failure[0] == "MemoryError":
-                peak = self._guest.peak_memory_mb()
             cpu_after = self._guest.cpu_seconds()
             self._note_names(end)
             self._protect()
@@ -347,13 +355,20 @@ class FramedSession:
         if end.hit is not None:
             return (
                 "limit",
-                f"TimeLimit: the cell hit {end.hit.kind}={end.hit.limit:g}"
+                f"TimeLimit: the cell hit {end.hit.kind}={end.hit.limit:,}"
                 if "seconds" in end.hit.kind
-                else (f"LimitExceeded: the cell hit {end.hit.kind}={end.hit.limit:g}"),
+                else (f"LimitExceeded: the cell hit {end.hit.kind}={end.hit.limit:,}"),
                 end.hit,
             )
         if end.interrupted:
             return "interrupted", "KeyboardInterrupt: the cell was interrupted", None
+        if end.failure is not None and end.failure[0] == "MemoryError" and self._limits.memory_mb is not None:
+            # Without a cgroup the kernel only refuses the allocation; that it was this limit is the guest's word.
+            text = f"MemoryError: {end.failure[1]}"
+            return "limit", text, LimitHit("memory_mb", self._limits.memory_mb, peak, "guest")
+        if end.failure is not None and end.failure[0] == TOO_LARGE and self._limits.value_bytes is not None:
+            text = f"LimitExceeded: {end.failure[1]}"
+            return "limit", text, LimitHit("value_bytes", self._limits.value_bytes, None, "guest")
         if end.kind == "violation":
             return "violation", f"ProtocolViolation: the guest broke the protocol ({end.detail})", None
         if end.kind in ("died", "killed"):
@@ -361,11 +376,12 @@ class FramedSession:
         if end.failure is None:
             return "ok", None, None
         type_name, message, _ = end.failure
-        text = f"{type_name}: {message}" if message else type_name
-        if type_name == "MemoryError" and self._limits.memory_mb is not None:
-            # Without a cgroup the kernel only refuses the allocation; that it was this limit is the guest's word.
-            return "limit", text, LimitHit("memory_mb", self._limits.memory_mb, peak, "guest")
-        return "error", text, None
+        return "error", f"{type_name}: {message}" if message else type_name, None
+
+    def _is_out_of_memory(self) -> bool:
+        """After a MemoryError: whether what the cell left behind would fail the next cell, too."""
+        headroom, limit = self._guest.memory_headroom_mb(), self._limits.memory_mb
+        return limit is not None and (headroom is None or headroom < max(_HEADROOM_MB, limit * _HEADROOM_SHARE))
 
     def _note_names(self, end: TurnEnd) -> None:
         if end.names is not None:
@@ -374,9 +390,7 @@ class FramedSession:
     # ---- bindings
 
     def _configure(self) -> None:
-        value_bytes = self._limits.value_bytes
-        frame = (1 << 40) if value_bytes is None else value_bytes + FRAME_OVERHEAD // 2
-        self._plain_turn(Configure(self._limits.output_bytes, frame, self._config.setup))
+        self._plain_turn(Configure(self._limits.output_bytes, self._limits.value_bytes, self._config.setup))
 
     def _bind(self, name: str, binding: _Binding) -> None:
         target = binding.target
@@ -439,35 +453,29 @@ class FramedSession:
             self._guest.stop()
 
     def _await_protection(self) -> None:
-        """Wait for the standby that is being made."""
-        if not self._protecting:
-            return
-        self._protecting = False
-        poll = select.poll()
-        poll.register(self._guest.control_fd, select.POLLIN)
+        """Wait for the standby that is being made, and take what the supervisor reported meanwhile."""
         until = time.monotonic() + _PROTECT_SECONDS
-        while (left := until - time.monotonic()) > 0 and poll.poll(left * 1000):
+        while True:
+            poll = select.poll()
+            poll.register(self._guest.control_fd, select.POLLIN)
+            left = until - time.monotonic() if self._protecting else 0.0
+            if not poll.poll(max(0.0, left) * 1000):
+                if self._protecting:
+                    raise GuestLost("the supervisor did not answer")
+                return
             report = self._guest.report()
             if report is None:
                 continue
             if report.kind == "died":
                 self._recover_between(report.death)
-                return
-            self._protected = report.kind == "protected"
-            return
-        raise GuestLost("the supervisor did not answer")
+            else:
+                self._protecting = False
+                self._protected = self._has_standby = report.kind == "protected"
 
     def _prepare(self, *, protect: bool = False) -> None:
         """Before a turn: finish the standby, notice what died meanwhile, drop what was printed between turns."""
         try:
             self._await_protection()
-            report = self._guest.report()
-            while report is not None:
-                if report.kind == "died":
-                    self._recover_between(report.death)
-                elif report.kind == "unprotected":
-                    self._protected = False
-                report = self._guest.report()
             if protect and self._stale and self._config.recovery:
                 self._guest.wake()
                 self._protect()
@@ -494,7 +502,8 @@ class FramedSession:
 
     def _recover(self, end: TurnEnd) -> tuple[State, tuple[str, ...], Death]:
         """After a kill: the standby, else a fresh worker with setup and bindings, else a whole new guest."""
-        had_standby, self._protected, self._protecting = self._protected, False, False
+        self._protected = self._protecting = False
+        had_standby, self._has_standby = self._has_standby, False
         lost = tuple(self._known_names)
         try:
             recovery = self._guest.recover(fresh=not had_standby)
@@ -532,7 +541,7 @@ class FramedSession:
         """Setup and bindings in a fresh guest. Raises `GuestLost` if the guest does not live through it."""
         self._known_names = []
         self._handles = HandleTable()
-        self._protected = self._protecting = False
+        self._protected = self._protecting = self._has_standby = False
         self._stale = True
         self._setting_up = True
         try:

@@ -76,6 +76,9 @@ class Guest(Protocol):
     def peak_memory_mb(self) -> float | None:
         """Peak resident memory of the present worker, measured from outside."""
 
+    def memory_headroom_mb(self) -> float | None:
+        """What the present worker may still allocate, measured from outside; None if it cannot be told."""
+
     def grow_address_space(self, size: int) -> None:
         """Make room for a mapping of ``size`` bytes beside the memory limit."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
+import math
 import os
 import select
 import socket
@@ -20,7 +21,18 @@ from ..limits import Limits
 from ..results import LimitHit
 from ..wire.codec import Attachment, Decoder, Encoder, ValueRefused, WireError
 from ..wire.frames import FrameReader, FrameTooLarge, dump_frame
-from ..wire.messages import MAX_CALLS_PER_SUSPENSION, Done, Forget, Hello, Message, Resume, Suspend, dump_message, load_message
+from ..wire.messages import (
+    FRAME_OVERHEAD,
+    MAX_CALLS_PER_SUSPENSION,
+    Done,
+    Forget,
+    Hello,
+    Message,
+    Resume,
+    Suspend,
+    dump_message,
+    load_message,
+)
 from .capture import Capture
 from .guest import Death, Guest, GuestLost
 from .handles import HOST_CALL_ERROR, CallFailed, CallRefused, HandleTable, HostCall, Outcome, run_call
@@ -30,8 +42,9 @@ from .watchdog import Watchdog
 __all__ = ("Turn", "TurnEnd", "WakePipe")
 
 _CHUNK: Final = 1 << 18
-#: Room for a header and error texts beside a value of ``value_bytes``.
-FRAME_OVERHEAD: Final = 4 * 1024 * 1024
+#: While guest threads may still have calls to add, the turn goes back to them after this long, then at doubled intervals.
+_JOIN_FIRST_SECONDS: Final = 0.001
+_JOIN_LAST_SECONDS: Final = 0.02
 _NO_CAP: Final = 1 << 40
 
 
@@ -111,6 +124,8 @@ class Turn:
         self._outstanding: dict[int, HostCall] = {}
         self._answers: collections.deque[tuple[int, Outcome]] = collections.deque()
         self._last_call = 0
+        self._join_at: float | None = None
+        self._join_interval = _JOIN_FIRST_SECONDS
         self._guest_holds_turn = False
         self._host_interrupted = False
         self._interrupt_seen = False
@@ -193,7 +208,9 @@ class Turn:
         data_fd = self._guest.data.fileno()
         poll.register(data_fd, select.POLLIN | (select.POLLOUT if self._outbox else 0))
         wait = self._watchdog.wait_seconds(now)
-        events = dict(poll.poll(None if wait is None else wait * 1000 + 1))
+        if self._join_at is not None and not self._guest_holds_turn:
+            wait = max(0.0, self._join_at - now) if wait is None else min(wait, max(0.0, self._join_at - now))
+        events = dict(poll.poll(None if wait is None else math.ceil(wait * 1000)))
         return self._react(events, data_fd)
 
     def _react(self, events: dict[int, int], data_fd: int) -> TurnEnd | None:
@@ -242,6 +259,7 @@ class Turn:
             return None
         assert isinstance(message, Done)
         self._watchdog.host_turn(now, None)
+        self._check_size(attachments)
         decoder = Decoder(attachments)
         value = decoder.decode(message.value)
         read = decoder.decode(message.read)
@@ -259,6 +277,12 @@ class Turn:
             names=message.names,
         )
 
+    def _check_size(self, attachments: list[Attachment]) -> None:
+        """An honest guest refuses such a value itself, with an error the cell sees."""
+        cap = self._limits.value_bytes
+        if cap is not None and sum(map(len, attachments)) > cap:
+            raise WireError("it sent values larger than value_bytes")
+
     def _end_softly(self) -> None:
         self._guest.interrupt()
         if not self._guest_holds_turn and not self._outbox:
@@ -275,6 +299,7 @@ class Turn:
     def _on_suspend(self, message: Suspend, attachments: list[Attachment]) -> None:
         if len(message.calls) > MAX_CALLS_PER_SUSPENSION:
             raise WireError("too many calls in one suspension")
+        self._check_size(attachments)
         if not message.calls and not self._outstanding and not self._watchdog.ending:
             raise WireError("it waits for answers to no call")
         decoder = Decoder(attachments)
@@ -291,6 +316,10 @@ class Turn:
                 raise WireError("a host call's number was used before")
             self._last_call = number
             self._start_call(number, handle, method, decoder.decode(fields[3]), decoder.decode(fields[4]))
+        self._join_at = None
+        if message.more:
+            self._join_interval = _JOIN_FIRST_SECONDS if message.calls else min(2 * self._join_interval, _JOIN_LAST_SECONDS)
+            self._join_at = time.monotonic() + self._join_interval
         if self._watchdog.ending:
             self._forget()
 
@@ -320,7 +349,8 @@ class Turn:
             self._wake.wake()
 
     def _send_answers(self) -> None:
-        if not self._answers or self._watchdog.ending:
+        joining = self._join_at is not None and time.monotonic() >= self._join_at
+        if self._watchdog.ending or not (self._answers or joining):
             return
         encoder = Encoder(self._handles.export, max_bytes=self._limits.value_bytes)
         answers: list[list[Any]] = []

@@ -25,6 +25,8 @@ _JOIN_TIMES: Final = 10
 class HostCallError(Exception):
     """A host function failed. The message names the function and nothing of the host."""
 
+    __module__ = "builtins"  # what a cell sees of it in a traceback
+
 
 class Transport(Protocol):
     """What carries frames to the host and back. `receive` blocks."""
@@ -60,6 +62,8 @@ class HostCalls:
         self._leading = False
         self._open = False
         self._next = 1
+        self._waiting = 0
+        self.value_bytes: int | None = None
 
     def begin_cell(self) -> None:
         """Calls are possible from now on."""
@@ -84,6 +88,7 @@ class HostCalls:
         self._queue.clear()
         self._outstanding.clear()
         self._leading = self._open = False
+        self._waiting = 0
 
     def call(self, handle: int, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the host and wait for the answer.
@@ -99,12 +104,22 @@ class HostCalls:
             self._next += 1
             self._queue.append(call)
             self._changed.notify_all()
+        self._waiting += 1
+        try:
+            self._wait_for(call)
+        finally:
+            self._waiting -= 1
+        if call.error is not None:
+            raise call.error
+        return call.answer
+
+    def _wait_for(self, call: _Call) -> None:
         while True:
             with self._changed:
                 while not call.done and self._leading:
                     self._changed.wait()
                 if call.done:
-                    break
+                    return
                 self._leading = True
                 self._let_others_join()
                 batch, self._queue = self._queue[:MAX_CALLS_PER_SUSPENSION], self._queue[MAX_CALLS_PER_SUSPENSION:]
@@ -115,9 +130,6 @@ class HostCalls:
                 with self._changed:
                     self._leading = False
                     self._changed.notify_all()
-        if call.error is not None:
-            raise call.error
-        return call.answer
 
     def _let_others_join(self) -> None:
         if threading.active_count() == 1:
@@ -134,6 +146,7 @@ class HostCalls:
         calls = []
         for item in batch:
             handle, method, args, kwargs = item.request
+            encoder.allow(self.value_bytes)
             try:
                 calls.append([item.number, handle, method, encoder.encode(list(args)), encoder.encode(kwargs)])
             except ValueRefused as exc:
@@ -141,10 +154,10 @@ class HostCalls:
         if not calls and not self._outstanding:
             return
         try:
-            self._transport.send(Suspend(calls), encoder.attachments)
+            self._transport.send(Suspend(calls, threading.active_count() > self._waiting), encoder.attachments)
         except FrameTooLarge:
             for item in batch:
-                self._refuse(item, "arguments of a host call are larger than value_bytes allows")
+                self._refuse(item, "arguments of host calls made at once are larger than value_bytes allows together")
             return
         header, attachments = self._transport.receive()
         message = self._load(header, (Resume, Forget))

@@ -18,9 +18,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from ..context.view import ContextView
-from ..wire.codec import Attachment, Decoder, Encoder, HandleRef, OpaqueValue, ValueRefused
+from ..wire.codec import Attachment, Decoder, Encoder, HandleRef, OpaqueValue, ValueRefused, ValueTooLarge
 from ..wire.frames import FrameTooLarge
 from ..wire.messages import (
+    TOO_LARGE,
     BindObject,
     BindText,
     Configure,
@@ -47,7 +48,13 @@ _MAX_SUMMARY: Final = 80
 _CELL: Final = "<cell "
 #: The directory or archive our own files were loaded from.
 _OWN_FILES: Final = __file__.rpartition("/runners/")[0]
+#: Bytes kept back for the moment after a MemoryError.
+_RESERVE: Final = 1 << 20
 _MISSING: Final = object()
+
+
+#: Value, values read, failure and whether the name was unknown: the first fields of `Done`.
+_Outcome = tuple[Any, Any, "list[str] | None", bool]
 
 
 def _opaque(value: Any) -> OpaqueValue:
@@ -79,6 +86,7 @@ class GuestSession:
         self._names["__builtins__"] = builtins
         self._given: dict[str, Any] = dict(self._names)
         self._sent_names: list[str] = []
+        self._reserve = bytes(_RESERVE)
         sys.modules["__main__"] = self._module
         vars(builtins).update(session_names=self.summaries, HostCallError=HostCallError, exit=sys.exit, quit=sys.exit)
 
@@ -93,24 +101,48 @@ class GuestSession:
     def handle(self, header: Any, attachments: list[Attachment]) -> None:
         """Serve one request to its `Done`."""
         message = load_message(header, (Configure, Exec, Get, SetValue, BindObject, BindText, Names))
-        decoder = Decoder(attachments, allow_handles=True)
         self._calls.begin_cell()
-        done = self._guarded(lambda: self._serve(message, decoder))
+        self._restore_reserve()
+        outcome, attachments = self._guarded(message, Decoder(attachments, allow_handles=True))
         self._calls.end_cell()
         self._async_calls.end_cell()
-        self._answer(*done)
+        names = self._changed_names()
+        try:
+            self._transport.send(Done(*outcome, names), attachments)
+        except FrameTooLarge as exc:
+            self._transport.send(Done(None, None, [TOO_LARGE, str(exc), ""], False, names), [])
 
-    def _guarded(self, serve: Callable[[], tuple[Any, Any, list[str] | None, bool]]) -> tuple[Any, Any, list[str] | None, bool]:
-        """Run with interrupts on; whatever guest code raises is the request's failure."""
+    def _guarded(self, message: Message, decoder: Decoder) -> tuple[_Outcome, list[Attachment]]:
+        """Serve with interrupts on, and encode what came of it; whatever guest code raises is the request's failure."""
+        encoder = Encoder(_opaque, max_bytes=self._calls.value_bytes)
         try:
             self._interruptible(True)
-            result = serve()
+            value, read, failure, unknown = self._serve(message, decoder)
             _flush()
+            outcome: _Outcome = (encoder.encode(value), encoder.encode(read), failure, unknown)
             self._interruptible(False)
+        except ValueTooLarge as exc:
+            self._interruptible(False)
+            return (None, None, [TOO_LARGE, str(exc), ""], False), []
+        except ValueRefused as exc:
+            self._interruptible(False)
+            return (None, None, ["ValueError", f"the value cannot be sent: {exc}", ""], False), []
         except BaseException as exc:  # noqa: BLE001 - every exception of guest code is a result
             self._interruptible(False)
-            return None, None, _describe(exc), False
-        return result
+            return (None, None, self._failure(exc), False), []
+        return outcome, encoder.attachments
+
+    def _failure(self, exc: BaseException) -> list[str]:
+        if isinstance(exc, MemoryError):
+            self._reserve = b""  # given up so that what happened can still be said
+        return [text.encode("utf-8", "backslashreplace").decode() for text in _describe(exc)]
+
+    def _restore_reserve(self) -> None:
+        if not self._reserve:
+            try:
+                self._reserve = bytes(_RESERVE)
+            except MemoryError:
+                pass  # still at the limit
 
     def _serve(self, message: Message, decoder: Decoder) -> tuple[Any, Any, list[str] | None, bool]:
         if isinstance(message, Exec):
@@ -130,21 +162,8 @@ class GuestSession:
             self._configure(message)
         return None, None, None, False
 
-    def _answer(self, value: Any, read: Any, failure: list[str] | None, unknown: bool) -> None:
-        """Send the turn's end; a value that cannot cross becomes the turn's failure."""
-        names = self._changed_names()
-        try:
-            encoder = Encoder(_opaque)
-            done = Done(encoder.encode(value), encoder.encode(read), failure, unknown, names)
-            self._transport.send(done, encoder.attachments)
-        except (ValueRefused, FrameTooLarge) as exc:
-            self._transport.send(
-                Done(None, None, failure or ["ValueError", f"the value cannot be sent: {exc}", ""], unknown, names), []
-            )
-        except BaseException as exc:  # noqa: BLE001 - a repr is guest code
-            self._transport.send(Done(None, None, failure or _describe(exc), unknown, names), [])
-
     def _configure(self, message: Configure) -> None:
+        self._calls.value_bytes = message.value_bytes
         if message.setup:
             linecache.cache["<setup>"] = (len(message.setup), None, message.setup.splitlines(True), "<setup>")
             exec(compile(message.setup, "<setup>", "exec", dont_inherit=True), self._names)  # noqa: S102 - the user's own source
@@ -194,18 +213,18 @@ class GuestSession:
             if result is not None:
                 value = _cut(repr(result), MAX_ECHO)
         except BaseException as exc:  # noqa: BLE001 - every exception of guest code is a result
-            failure = _describe(exc)
+            failure = self._failure(exc)
         _flush()
         read = {name: self._names[name] for name in message.read if name in self._names}
         return value, read or None, failure, False
 
     def _run(self, source: str, name: str) -> Any:
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-        tree = ast.parse(source, name)
         flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        tree: Any = compile(source, name, "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr):
-            last = ast.Expression(tree.body.pop().value)  # type: ignore[attr-defined]
+            last = ast.Expression(tree.body.pop().value)
         if tree.body:
             self._evaluate(compile(tree, name, "exec", flags, dont_inherit=True))
         return self._evaluate(compile(last, name, "eval", flags, dont_inherit=True)) if last is not None else None
@@ -237,7 +256,7 @@ class GuestSession:
         names = []
         for name, value in list(self._names.items()):
             if type(name) is str and not name.startswith("_") and self._given.get(name, _MISSING) is not value:
-                names.append(name[:_MAX_NAME])
+                names.append(name[:_MAX_NAME].encode("utf-8", "replace").decode())
         return names[:_MAX_NAMES]
 
     def _changed_names(self) -> list[str] | None:
@@ -249,11 +268,11 @@ class GuestSession:
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
         try:
-            stream.flush()
+            getattr(sys, name).flush()
         except (AttributeError, ValueError, OSError):
-            pass  # the guest replaced or closed its own stream
+            pass  # the guest removed, replaced or closed its own stream
 
 
 def _summary(value: Any) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 
 from ..wire.codec import Attachment
 from ..wire.frames import PROTOCOL_VERSION, FrameReader, dump_frame
-from ..wire.messages import BindText, Hello, Message, Protect, dump_message
+from ..wire.messages import FRAME_OVERHEAD, BindText, Hello, Message, Protect, dump_message
 from . import mapped_text
 from .output import CellOutput
 from .session import GuestSession
@@ -27,7 +27,8 @@ __all__ = ("main",)
 
 #: The guest is the receiving end of the host's caps, so it needs none of its own beyond its memory.
 _MAX_FRAME: Final = 1 << 40
-_CHUNK: Final = 1 << 20
+#: Received into one buffer made at the start: a worker at its memory limit must still take requests.
+_CHUNK: Final = 1 << 16
 _THREAD_STACK: Final = 512 * 1024
 HELLO: Final = b"H"
 CANNOT: Final = b"F"
@@ -43,6 +44,7 @@ class _SocketTransport:
         self.interruptible = False
         self.descriptors: list[int] = []
         self._sizes = _MAX_FRAME
+        self._buffer = bytearray(_CHUNK)
 
     def replace(self, data_fd: int) -> None:
         """Go on with another channel."""
@@ -102,13 +104,13 @@ class _SocketTransport:
     def _receive(self) -> tuple[Any, list[Attachment]]:
         reader = FrameReader(max_bytes=_MAX_FRAME)
         while True:
-            data, ancillary, _flags, _ = self._sock.recvmsg(_CHUNK, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
-            if not data:
+            size, ancillary, _flags, _ = self._sock.recvmsg_into([self._buffer], socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+            if not size:
                 os._exit(0)
             for level, kind, raw in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     self.descriptors.append(struct.unpack("=i", raw[:4])[0])
-            view = memoryview(data)
+            view = memoryview(self._buffer)[:size]
             while view:
                 take = min(len(view), reader.wanted)
                 frame = reader.feed(view[:take])
@@ -118,7 +120,8 @@ class _SocketTransport:
 
 
 class _Worker:
-    def __init__(self, data_fd: int, birth: socket.socket, generation: int) -> None:
+    def __init__(self, data_fd: int, birth: socket.socket, generation: int, outputs: tuple[CellOutput, ...]) -> None:
+        self._outputs = outputs
         self._birth = birth
         self._generation = generation
         self._transport = _SocketTransport(data_fd)
@@ -126,9 +129,8 @@ class _Worker:
 
     def _set_interruptible(self, value: bool) -> None:
         if value:
-            for stream in (sys.stdout, sys.stderr):
-                if isinstance(stream, CellOutput):
-                    stream.begin_cell()
+            for stream in self._outputs:
+                stream.begin_cell()
         self._transport.interruptible = value
 
     def _map_text(self, message: BindText) -> str:
@@ -147,7 +149,8 @@ class _Worker:
                 self._fork_standby()
             else:
                 if header[0] == "configure":
-                    self._transport.limit(int(header[2]))
+                    limit = header[2]
+                    self._transport.limit(_MAX_FRAME if limit is None else limit + FRAME_OVERHEAD)
                 self._session.handle(header, attachments)
 
     def _hello(self) -> None:
@@ -159,15 +162,15 @@ class _Worker:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # threads of cells do not survive into the standby, and that is documented
-                pid = os.fork()
-        except OSError:
+                pid = _fork()
+        except (OSError, MemoryError):
             self._birth.send(CANNOT)
             return
         if pid:
             return
         self._transport.close()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the kernel sends it when the worker's death orphans our stopped group
-        os.setpgid(0, 0)
+        _setpgid(0, 0)
         self._session.after_fork()
         self._birth.send(HELLO)
         _, ancillary, _, _ = self._birth.recvmsg(16, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
@@ -187,6 +190,10 @@ class _Worker:
         except ChildProcessError:
             pass
 
+
+# Taken now, so that a cell that replaces them in ``os`` for its own ends does not cost itself its standby.
+_fork: Final = os.fork
+_setpgid: Final = os.setpgid
 
 #: Set once, in the zygote: whether a mapped text passes the interpreter's self-test.
 MAPPED = False
@@ -209,9 +216,9 @@ def main(data_fd: int, birth: socket.socket, generation: int) -> NoReturn:
     """Be the worker of a session."""
     threading.stack_size(_THREAD_STACK)
     sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = sys.__stdout__ = CellOutput(1)  # type: ignore[misc]
-    sys.stderr = sys.__stderr__ = CellOutput(2)  # type: ignore[misc]
+    outputs = (CellOutput(1), CellOutput(2))
+    sys.stdout, sys.stderr = outputs
+    sys.__stdout__, sys.__stderr__ = outputs  # type: ignore[misc]
     sys.argv = [""]
     os.environ.clear()
-    worker = _Worker(data_fd, birth, generation)
-    worker.serve()
+    _Worker(data_fd, birth, generation, outputs).serve()

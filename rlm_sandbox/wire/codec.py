@@ -48,6 +48,10 @@ class ValueRefused(WireError):
     """A value cannot cross: wrong type, too deep, too many elements, too large. Nothing was sent."""
 
 
+class ValueTooLarge(ValueRefused):
+    """A value is larger than ``value_bytes``."""
+
+
 class OpaqueValue(NamedTuple):
     """A value that is not plain data, as it crosses: a type's name and a capped repr."""
 
@@ -85,11 +89,15 @@ class Encoder:
         self._bytes_left = max_bytes
         self._in_key = 0
 
+    def allow(self, max_bytes: int | None) -> None:
+        """Begin a new value, which may be this large."""
+        self._bytes_left = max_bytes
+
     def _charge(self, size: int) -> None:
         if self._bytes_left is not None:
             self._bytes_left -= size
             if self._bytes_left < 0:
-                raise ValueRefused("the value is larger than value_bytes allows")
+                raise ValueTooLarge("the value is larger than value_bytes allows")
 
     def _attach(self, data: Attachment) -> list[Any]:
         if len(self.attachments) >= MAX_ATTACHMENTS:

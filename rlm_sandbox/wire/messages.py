@@ -2,7 +2,7 @@
 
 Strict turns: the host sends one *request*; the guest answers with any number of `Output` events and then exactly one
 turn-ending event: `Done`, or `Suspend`: new host calls, each with an id. A suspended turn goes on with a `Resume` that answers
-one or more outstanding calls. Nothing may be sent out of turn: a guest that does is
+outstanding calls: one or more, or none to let other guest threads add theirs. Nothing may be sent out of turn: a guest that does is
 killed. What the guest *prints* does not travel here on backends that capture its descriptors.
 
 Values inside messages are trees of `codec`. A message is a JSON array: its name, then its fields in order. `SCHEMA` is
@@ -23,8 +23,12 @@ __all__ = (
 
 #: Texts of an error that cross in a header; longer ones are cut by the sender and refused by the receiver.
 MAX_ERROR_CHARS: Final = 20_000
+#: The failure's type name when a value to be read exceeds ``value_bytes``. The guest's word; the host's cap backs it.
+TOO_LARGE: Final = "ValueTooLarge"
 MAX_NAME_CHARS: Final = 200
 MAX_CALLS_PER_SUSPENSION: Final = 1_024
+#: Room in a frame for its header, names and error texts beside a value of ``value_bytes``.
+FRAME_OVERHEAD: Final = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +180,15 @@ class Done(Message):
 @dataclass(frozen=True, slots=True)
 class Suspend(Message):
     """Host calls, each ``[id, handle, method, args tree, kwargs tree]``; ``method`` is null to call the handle itself, a
-    method's name, ``.attribute`` or ``#operator``. Empty only while others are outstanding."""
+    method's name, ``.attribute`` or ``#operator``. Empty only while others are outstanding.
+
+    ``more``: other guest threads run on and may have calls soon; the host gives the turn back for them, at growing
+    intervals, with an empty `Resume`.
+    """
 
     op = "suspend"
     calls: list[list[Any]]
+    more: bool
 
 
 _MESSAGES: Final[dict[str, type[Message]]] = {

@@ -188,6 +188,19 @@ class JailGuest:
             return None
         return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
 
+    def memory_headroom_mb(self) -> float | None:
+        """See `Guest.memory_headroom_mb`."""
+        try:
+            used = Path(f"/proc/{self._worker_pid}/status").read_text()
+            allowed = Path(f"/proc/{self._worker_pid}/limits").read_text()
+        except OSError:
+            return None
+        data = next((line.split()[1] for line in used.splitlines() if line.startswith("VmData:")), None)
+        limit = next((line.split()[3] for line in allowed.splitlines() if line.startswith("Max data size")), None)
+        if data is None or limit is None or not limit.isdigit():
+            return None
+        return (int(limit) - int(data) * 1024) / (1024 * 1024)
+
     def grow_address_space(self, size: int) -> None:
         """See `Guest.grow_address_space`. The supervisor moves the soft limit: a worker may not set limits."""
         self._order({"op": "grow", "bytes": size})
