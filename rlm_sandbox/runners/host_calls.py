@@ -29,11 +29,11 @@ class HostCallError(Exception):
 
 
 class Transport(Protocol):
-    """What carries frames to the host and back. `receive` blocks."""
+    """What carries frames to the host. `exchange` sends one and blocks for the answer."""
 
     def send(self, message: Message, attachments: list[Attachment]) -> None: ...
 
-    def receive(self) -> tuple[Any, list[Attachment]]: ...
+    def exchange(self, message: Message, attachments: list[Attachment]) -> tuple[Any, list[Attachment]]: ...
 
 
 class _Call:
@@ -154,22 +154,22 @@ class HostCalls:
         if not calls and not self._outstanding:
             return
         try:
-            self._transport.send(Suspend(calls, threading.active_count() > self._waiting), encoder.attachments)
+            message = Suspend(calls, threading.active_count() > self._waiting)
+            header, attachments = self._transport.exchange(message, encoder.attachments)
         except FrameTooLarge:
             for item in batch:
                 self._refuse(item, "arguments of host calls made at once are larger than value_bytes allows together")
             return
-        header, attachments = self._transport.receive()
-        message = self._load(header, (Resume, Forget))
+        answer = self._load(header, (Resume, Forget))
         with self._changed:
-            if isinstance(message, Forget):
+            if isinstance(answer, Forget):
                 for item in self._outstanding.values():
-                    item.done, item.error = True, KeyboardInterrupt(message.reason)
+                    item.done, item.error = True, KeyboardInterrupt(answer.reason)
                 self._outstanding.clear()
                 return
-            assert isinstance(message, Resume)
+            assert isinstance(answer, Resume)
             decoder = Decoder(attachments, allow_handles=True)
-            for number, value, error in message.answers:
+            for number, value, error in answer.answers:
                 item = self._outstanding.pop(number)
                 item.done = True
                 if error is None:

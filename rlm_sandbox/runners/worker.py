@@ -13,6 +13,8 @@ import struct
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -70,36 +72,41 @@ class _SocketTransport:
         else:
             raise KeyboardInterrupt
 
-    def _unshield(self) -> None:
-        self._shielded -= 1
-        if self._interrupted and not self._shielded:
-            self._interrupted = False
-            if self.interruptible:
-                raise KeyboardInterrupt
+    @contextmanager
+    def _shield(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are handled on the main thread only
+            return
+        self._shielded += 1
+        try:
+            yield
+        finally:
+            self._shielded -= 1
+            if self._interrupted and not self._shielded:
+                self._interrupted = False
+                if self.interruptible:
+                    raise KeyboardInterrupt
 
     def send(self, message: Message, attachments: list[Attachment]) -> None:
         """Send one frame. Raises FrameTooLarge and sends nothing if the host would refuse it."""
         buffers = dump_frame(dump_message(message), attachments, max_bytes=self._sizes)
-        shield = threading.current_thread() is threading.main_thread()
-        self._shielded += shield
-        try:
-            for buffer in buffers:
-                self._sock.sendall(buffer)
-        except OSError:
-            os._exit(0)
-        finally:
-            if shield:
-                self._unshield()
+        with self._shield():
+            try:
+                for buffer in buffers:
+                    self._sock.sendall(buffer)
+            except OSError:
+                os._exit(0)
 
     def receive(self) -> tuple[Any, list[Attachment]]:
         """The next frame. Descriptors that came with it are in ``descriptors``."""
-        shield = threading.current_thread() is threading.main_thread()
-        self._shielded += shield
-        try:
+        with self._shield():
             return self._receive()
-        finally:
-            if shield:
-                self._unshield()
+
+    def exchange(self, message: Message, attachments: list[Attachment]) -> tuple[Any, list[Attachment]]:
+        """Send one frame and take the answer. Not interrupted in between: the answer would be taken for the next request."""
+        with self._shield():
+            self.send(message, attachments)
+            return self._receive()
 
     def _receive(self) -> tuple[Any, list[Attachment]]:
         reader = FrameReader(max_bytes=_MAX_FRAME)

@@ -65,7 +65,7 @@ def repl(open_monty: Callable[..., REPLProtocol]) -> REPLProtocol:
 
 
 def worker_pid(repl: REPLProtocol) -> int:
-    pid = repl._worker._pid  # type: ignore[attr-defined]
+    pid = repl._interpreter.worker._pid  # type: ignore[attr-defined]
     assert isinstance(pid, int)
     return pid
 

@@ -113,6 +113,8 @@ class Turn:
         self._timers: dict[int, float] = {}
         self._settled: dict[int, Answer] = {}
         self.host_calls = 0
+        #: No feed is running or suspended.
+        self.idle = True
 
     # ---- from other threads
 
@@ -133,14 +135,16 @@ class Turn:
             TurnStopped: the host ended it; the worker must be given up with `abandon`.
             monty.MontyError: the guest's error, or the worker's death.
         """
-        snapshot = self._engine(start)
-        while not isinstance(snapshot, monty.MontyComplete):
-            snapshot = self._engine(self._respond(snapshot))
+        self.idle = False
+        try:
+            snapshot = self._engine(start)
+            while not isinstance(snapshot, monty.MontyComplete):
+                snapshot = self._engine(self._respond(snapshot))
+        except (monty.MontyRuntimeError, monty.MontySyntaxError):
+            self.idle = True
+            raise
+        self.idle = True
         return snapshot.output
-
-    def engine_call(self, call: Callable[[], Any]) -> Any:
-        """One engine call that is not a feed, under the same deadlines."""
-        return self._engine(call)
 
     def abandon(self) -> None:
         """Kill the worker and wait until the engine has noticed. Never raises."""
