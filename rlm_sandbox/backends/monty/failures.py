@@ -76,7 +76,7 @@ def _bounded(text: str) -> str:
 
 
 def _with_remedy(name: str, text: str) -> str:
-    if name != "NotImplementedError" or "does not yet support" not in text[:200]:
+    if name != "NotImplementedError" or not any(words in text[:200] for words in ("not yet support", "not supported")):
         return text
     feature = next((feature for words, feature in _FEATURES if words in text), "cpython")
     return f"{text}; use a backend whose capabilities list {feature!r}"
