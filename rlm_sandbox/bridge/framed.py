@@ -8,6 +8,7 @@ import select
 import signal
 import threading
 import time
+import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from ..protocol import Capabilities
 from ..registry import SessionConfig
 from ..results import ExecResult, LimitHit, Opaque, Outcome, OutputChunk, State, Usage
 from ..wire.codec import Attachment, Encoder, OpaqueValue, ValueRefused
-from ..wire.frames import dump_frame
+from ..wire.frames import FrameTooLarge, dump_frame
 from ..wire.messages import TOO_LARGE, BindObject, BindText, Configure, Exec, Get, Message, Names, Protect, SetValue, dump_message
 from .capture import Capture
 from .guest import Death, Guest, GuestLost
@@ -68,6 +69,7 @@ class FramedSession:
         """
         self._guest = start()
         self._freed = False
+        self._owner = os.getpid()
         self._start = start
         self._config = config
         self._capabilities = capabilities
@@ -203,6 +205,11 @@ class FramedSession:
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if not getattr(self, "_freed", True):
+            warnings.warn(f"{self!r} was not closed; use it as a context manager", ResourceWarning, source=self, stacklevel=2)
+            self._free()
+
     # ---- one call at a time
 
     @contextmanager
@@ -218,6 +225,8 @@ class FramedSession:
             self._lock.release()
 
     def _check_open(self) -> None:
+        if self._owner != os.getpid():
+            raise SessionClosed("the session belongs to the process that opened it; open a new one in this one")
         if not self._closed and self._until is not None and time.monotonic() >= self._until:
             self._close_reason = f"the session reached session_seconds={self._limits.session_seconds:g}"
             self._closed = True
@@ -248,8 +257,10 @@ class FramedSession:
     def _plain_turn(self, message: Message, attachments: list[Attachment] | None = None, fds: tuple[int, ...] = ()) -> TurnEnd:
         """A turn that is not a cell: what goes wrong is raised."""
         self._prepare()
-        capture = Capture(0)
-        end = self._turn_or_lost(self._limits, capture, message, attachments or [], fds)
+        try:
+            end = self._turn_or_lost(self._limits, Capture(0), message, attachments or [], fds)
+        except FrameTooLarge as exc:
+            raise UnsendableValue(f"this cannot be sent: {exc}; send it in parts") from None
         if end.kind == "done":
             self._note_names(end)
             self._guest.stop()
@@ -292,9 +303,11 @@ class FramedSession:
         self._cell += 1
         protected = self._protected
         capture = Capture(limits.output_bytes, on_output)
-        encoder = Encoder()
         started, cpu_before = time.monotonic(), self._guest.cpu_seconds()
-        end = self._turn_or_lost(limits, capture, Exec(self._cell, code, read, limits.output_bytes), encoder.attachments)
+        try:
+            end = self._turn_or_lost(limits, capture, Exec(self._cell, code, read, limits.output_bytes), [])
+        except FrameTooLarge:
+            raise ValueError("the cell's source is too long; bind a long text as a Context or set() it") from None
         death, peak, cpu_after = end.death, None, None
         if end.kind == "done" and end.failure is not None and end.failure[0] == "MemoryError":
             peak = self._guest.peak_memory_mb()

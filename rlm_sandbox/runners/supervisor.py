@@ -59,8 +59,9 @@ def _interrupt_blocking_call(_number: int, _frame: FrameType | None) -> None:
 class Supervisor:
     """The state of one session's supervisor."""
 
-    def __init__(self, host: socket.socket) -> None:
+    def __init__(self, host: socket.socket, seconds: float | None) -> None:
         self._host = host
+        self._session_until = None if seconds is None else time.monotonic() + seconds
         self._birth: socket.socket | None = None
         self._listener = -1
         self._worker = 0
@@ -302,8 +303,11 @@ class Supervisor:
                 poll.register(self._standby_pidfd, select.POLLIN)
             if self._ticket_until and self._birth is not None:
                 poll.register(self._birth, select.POLLIN)
-            timeout = max(0.0, self._ticket_until - time.monotonic()) * 1000 if self._ticket_until else None
+            deadlines = [until for until in (self._ticket_until, self._session_until) if until]
+            timeout = max(0.0, min(deadlines) - time.monotonic()) * 1000 if deadlines else None
             ready = {fd for fd, _ in poll.poll(timeout)}
+            if self._session_until is not None and time.monotonic() >= self._session_until:
+                return
             # The host first: its ticket was sent before it told the worker to fork.
             if self._host.fileno() in ready:
                 if not self.on_order():
@@ -342,8 +346,11 @@ class Supervisor:
         return True
 
 
-def main(plan: SessionConfinement, proc: int, fds: list[int]) -> NoReturn:
-    """Be the supervisor of one session. ``fds``: the worker's data channel, our control socket, stdout and stderr pipes."""
+def main(plan: SessionConfinement, proc: int, fds: list[int], seconds: float | None) -> NoReturn:
+    """Be the supervisor of one session, for at most ``seconds``.
+
+    ``fds``: the worker's data channel, our control socket, stdout and stderr pipes.
+    """
     status = 1
     data_fd, control_fd, out_fd, err_fd = fds
     host = socket.socket(fileno=control_fd)
@@ -356,7 +363,7 @@ def main(plan: SessionConfinement, proc: int, fds: list[int]) -> NoReturn:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, _interrupt_blocking_call)
         confine_supervisor(plan, proc)
-        supervisor = Supervisor(host)
+        supervisor = Supervisor(host, seconds)
         supervisor.start_worker(data_fd, 1)
         os.close(data_fd)
         control.send(host, {"op": "ready"}, (os.pidfd_open(os.getpid()), supervisor._worker_pidfd))

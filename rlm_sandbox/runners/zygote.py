@@ -68,7 +68,7 @@ def _spawn(message: control.Message, fds: list[int], proc: int, host: socket.soc
         try:
             host.close()
             os.close(own)
-            supervisor.main(plan, proc, fds)
+            supervisor.main(plan, proc, fds, message["seconds"])
         finally:
             os._exit(1)
     raw.setns(own, raw.CLONE_NEWPID)

@@ -6,6 +6,7 @@ from typing import Final
 
 from ...bridge.framed import FramedSession
 from ...errors import BackendUnavailable
+from ...limits import Limits
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
 from ...registry import Availability, SessionConfig
 from .guest import JailGuest
@@ -66,7 +67,18 @@ class JailBackend:
 
     def open(self, config: SessionConfig) -> REPLProtocol:
         """Open a session."""
-        return FramedSession(lambda: JailGuest(shared_zygote(), config.limits), config, self.capabilities(config))
+        return FramedSession(lambda: _start(config.limits), config, self.capabilities(config))
+
+
+def _start(limits: Limits) -> JailGuest:
+    """A guest of this process's zygote. A zygote that died just now is replaced once."""
+    zygote = shared_zygote()
+    try:
+        return JailGuest(zygote, limits)
+    except BackendUnavailable:
+        if zygote.ends_soon():
+            return JailGuest(shared_zygote(), limits)
+        raise
 
 
 BACKEND: Final = JailBackend()

@@ -20,6 +20,8 @@ from .launch import Zygote
 
 __all__ = ("JailGuest",)
 
+#: The host ends a session at ``session_seconds``; a supervisor whose host did not come back for it ends itself.
+_SESSION_SLACK_SECONDS: Final = 5.0
 _START_SECONDS: Final = 10.0
 #: Waking a standby or forking a worker takes about 1.5 ms, with 1 GB of small objects about 60 ms.
 _RECOVER_SECONDS: Final = 5.0
@@ -42,6 +44,7 @@ class JailGuest:
 
     def __init__(self, zygote: Zygote, limits: Limits) -> None:
         self._closed = False
+        self._owner = os.getpid()
         self._generation = 1
         self._supervisor = self._worker = -1
         self._worker_pid = 0
@@ -51,7 +54,12 @@ class JailGuest:
         err_read, err_write = os.pipe()
         self.outputs: Mapping[int, Stream] = {out_read: "stdout", err_read: "stderr"}
         try:
-            settings = {"memory_mb": limits.memory_mb, "disk_mb": limits.disk_mb, "tasks": limits.processes}
+            settings = {
+                "memory_mb": limits.memory_mb,
+                "disk_mb": limits.disk_mb,
+                "tasks": limits.processes,
+                "seconds": None if limits.session_seconds is None else limits.session_seconds + _SESSION_SLACK_SECONDS,
+            }
             zygote.spawn(settings, (data_theirs.fileno(), control_theirs.fileno(), out_write, err_write))
             self.data.setblocking(False)
             for fd in self.outputs:
@@ -220,7 +228,8 @@ class JailGuest:
         if self._closed:
             return
         self._closed = True
-        if self._supervisor >= 0:
+        # In a forked child of the host the guest is still the parent's.
+        if self._supervisor >= 0 and self._owner == os.getpid():
             try:
                 signal.pidfd_send_signal(self._supervisor, signal.SIGKILL)
                 select.select([self._supervisor], [], [], 2.0)

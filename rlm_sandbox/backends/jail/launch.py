@@ -147,6 +147,14 @@ class Zygote:
         """Whether the launcher, and so the zygote, still runs and belongs to this process."""
         return self.owner_pid == os.getpid() and self._process.poll() is None
 
+    def ends_soon(self, seconds: float = 1.0) -> bool:
+        """True if the launcher ends within ``seconds``: its zygote died."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def spawn(self, settings: dict[str, Any], fds: tuple[int, int, int, int]) -> None:
         """Have the zygote fork a supervisor. ``fds``: worker's data channel, supervisor's control socket, stdout, stderr.
 
