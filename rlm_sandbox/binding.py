@@ -54,7 +54,8 @@ def expose(
         operators: names from `OPERATORS`. ``iter`` sends a snapshot list, capped like every value.
 
     Raises:
-        TypeError, ValueError: a name is private, not an identifier, missing on ``obj``, or an unknown operator.
+        TypeError, ValueError: a name is private or not an identifier, a method is missing on ``obj``, or an operator is
+            unknown. Attributes may come and go; reading one that is not there fails in the guest.
     """
     checked_methods = _public_names("methods", methods)
     checked_attributes = _public_names("attributes", attributes)

@@ -26,6 +26,14 @@ _RANGES: Final[dict[str, tuple[int, int]]] = {
 }
 
 
+class _DefaultInt(int):
+    """A whole number nobody wrote: equal to any other, but not a request."""
+
+
+class _DefaultFloat(float):
+    """A number of seconds nobody wrote."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Limits of a session. Every field is finite unless the caller writes ``None``.
@@ -53,15 +61,15 @@ class Limits:
         ValueError: a field is out of range.
     """
 
-    time_seconds: float | None = 10.0
-    wall_seconds: float | None = 600.0
-    output_bytes: int | None = 64 * 1024
-    host_calls: int | None = 10_000
-    value_bytes: int | None = 64 * 1024 * 1024
-    memory_mb: int | None = 512
-    processes: int | None = 64
-    disk_mb: int | None = 64
-    session_seconds: float | None = 3_600.0
+    time_seconds: float | None = _DefaultFloat(10.0)
+    wall_seconds: float | None = _DefaultFloat(600.0)
+    output_bytes: int | None = _DefaultInt(64 * 1024)
+    host_calls: int | None = _DefaultInt(10_000)
+    value_bytes: int | None = _DefaultInt(64 * 1024 * 1024)
+    memory_mb: int | None = _DefaultInt(512)
+    processes: int | None = _DefaultInt(64)
+    disk_mb: int | None = _DefaultInt(64)
+    session_seconds: float | None = _DefaultFloat(3_600.0)
     network: str = "none"
 
     def __post_init__(self) -> None:
@@ -93,7 +101,7 @@ class Limits:
     def narrowed(self, asked: Limits | None) -> Limits:
         """These limits with the per-cell fields of ``asked`` where they are narrower.
 
-        A field of ``asked`` left at its default is not a request. A field that is set and *wider* than the
+        A field that ``asked`` was made without is not a request. A field that is set and *wider* than the
         session's, or that belongs to the session, is refused rather than ignored.
 
         Raises:
@@ -107,16 +115,11 @@ class Limits:
         changes: dict[str, Any] = {}
         for field in fields(Limits):
             wanted, have = getattr(asked, field.name), getattr(self, field.name)
-            if wanted == have:
+            if wanted == have or isinstance(wanted, _DefaultInt | _DefaultFloat):
                 continue
-            is_default = wanted == field.default
             if field.name in PER_SESSION:
-                if is_default:
-                    continue
                 raise ValueError(f"{field.name} is fixed when the session opens; give it to open_repl(limits=...)")
-            wider = wanted is None or (have is not None and wanted > have)
-            if not wider:
-                changes[field.name] = wanted
-            elif not is_default:
+            if wanted is None or (have is not None and wanted > have):
                 raise ValueError(f"exec(limits=...) may only narrow: {field.name} is {have} for this session, asked for {wanted}")
+            changes[field.name] = wanted
         return replace(self, **changes) if changes else self

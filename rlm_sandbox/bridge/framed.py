@@ -276,7 +276,8 @@ class FramedSession:
         if self._setting_up:
             raise GuestLost(f"setting up a fresh guest failed ({end.detail or _how_it_died(end.death)})")
         state, lost, death = self._recover(end)
-        self._pending_state, self._pending_lost = _worse(self._pending_state, state), (*self._pending_lost, *lost)
+        if state == "lost":  # a restored session is as it was before this call: nothing the next result would have to say
+            self._pending_state, self._pending_lost = state, (*self._pending_lost, *lost)
         raise self._killed(end, state, death)
 
     def _killed(self, end: TurnEnd, state: State, death: Death) -> BaseException:

@@ -22,8 +22,9 @@ from .codec import MAX_ATTACHMENTS, Attachment, WireError
 #: Raised by one when an older peer could misread a newer one.
 PROTOCOL_VERSION: Final = 1
 MAGIC: Final = 0x4C52
-#: A JSON header's largest size. With `codec.MAX_ELEMENTS` it bounds what parsing can allocate.
-MAX_HEADER_BYTES: Final = 16 * 1024 * 1024
+#: A JSON header's largest size; the cap of the frame binds first where it is lower. What parsing can allocate beyond the
+#: header's own size is bounded by the elements.
+MAX_HEADER_BYTES: Final = 128 * 1024 * 1024
 #: Brackets, commas and colons in a header: an upper bound of the objects that parsing it makes, checked before.
 MAX_HEADER_TOKENS: Final = 2_100_000
 
