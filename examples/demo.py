@@ -62,20 +62,14 @@ top = sorted(counts.items(), key=lambda item: (-item[1], names[item[0]]))[:{TOP}
 for index, count in top:
     print(count, names[index])
 ```""",
-    # A real mistake of models: a retry loop that swallows everything, the interrupt of the time limit included. It has
-    # spoilt `top` by then, which the next step needs.
-    """I sort that list once more, with a retry, to be safe.
+    # A mistake that no interrupt inside the guest can end: the loop is in C and never looks up. It has spoilt `top` by
+    # then, which the next step needs, so the answer is right only if the state is really restored.
+    """I look for the last number there is, to rank the files by it.
 
 ```repl
+import itertools
 top = []
-attempts = 0
-while True:
-    try:
-        attempts += 1
-        top.append(int("not a number"))
-        break
-    except:
-        pass
+last = max(itertools.count())
 ```""",
     f"""That loop could never end. It had emptied `top`, but the state is restored, so I go on: the sub-model counts the functions of
 the {TOP} files, all at once.
