@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import select
-import signal
 import threading
 import time
 import warnings
@@ -17,20 +16,21 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from ..context import Context, WholeText
-from ..errors import GuestCrashed, GuestError, LimitExceeded, ProtocolViolation, SessionBusy, SessionClosed, UnsendableValue
+from ..errors import ProtocolViolation, SessionBusy, SessionClosed, UnsendableValue
 from ..limits import Limits
 from ..protocol import Capabilities
 from ..registry import SessionConfig
-from ..results import ExecResult, LimitHit, Opaque, Outcome, OutputChunk, State, Usage
-from ..wire.codec import Attachment, Encoder, OpaqueValue, ValueRefused
+from ..results import ExecResult, OutputChunk, State, Usage
+from ..wire.codec import Attachment, Encoder, ValueRefused
 from ..wire.frames import FrameTooLarge, dump_frame
-from ..wire.messages import TOO_LARGE, BindObject, BindText, Configure, Exec, Get, Message, Names, Protect, SetValue, dump_message
+from ..wire.messages import BindObject, BindText, Configure, Exec, Get, Message, Names, Protect, SetValue, dump_message
 from .capture import Capture
 from .guest import Death, Guest, GuestLost
 from .handles import HandleTable
 from .host_pool import HostPool
 from .names import checked_name
 from .turn import Turn, TurnEnd, WakePipe
+from .verdict import from_guest, how_it_died, judge, killed_error, turn_error, worse
 
 __all__ = ("FramedSession",)
 
@@ -136,7 +136,7 @@ class FramedSession:
         """See `REPLProtocol.get`."""
         with self._call():
             end = self._plain_turn(Get(checked_name(name)))
-            return default if end.unknown else _from_guest(end.value)
+            return default if end.unknown else from_guest(end.value)
 
     def set(self, name: str, value: Any) -> None:
         """See `REPLProtocol.set`."""
@@ -264,32 +264,16 @@ class FramedSession:
         if end.kind == "done":
             self._note_names(end)
             self._guest.stop()
-            if end.host_interrupted:
-                raise KeyboardInterrupt
-            if end.hit is not None:
-                raise LimitExceeded(end.hit.kind, end.hit.limit, end.hit.observed)
-            if end.failure is not None and end.failure[0] == TOO_LARGE and self._limits.value_bytes is not None:
-                raise LimitExceeded("value_bytes", self._limits.value_bytes)
-            if end.failure is not None:
-                raise GuestError(*end.failure)
+            error = turn_error(end, self._limits)
+            if error is not None:
+                raise error
             return end
         if self._setting_up:
-            raise GuestLost(f"setting up a fresh guest failed ({end.detail or _how_it_died(end.death)})")
+            raise GuestLost(f"setting up a fresh guest failed ({end.detail or how_it_died(end.death)})")
         state, lost, death = self._recover(end)
         if state == "lost":  # a restored session is as it was before this call: nothing the next result would have to say
             self._pending_state, self._pending_lost = state, (*self._pending_lost, *lost)
-        raise self._killed(end, state, death)
-
-    def _killed(self, end: TurnEnd, state: State, death: Death) -> BaseException:
-        if end.host_interrupted:
-            return KeyboardInterrupt()
-        if end.hit is not None:
-            return LimitExceeded(end.hit.kind, end.hit.limit, end.hit.observed)
-        if end.kind == "violation":
-            return ProtocolViolation(f"the guest broke the protocol ({end.detail}) and was killed; the session's state is {state}")
-        return GuestCrashed(
-            f"the guest {_how_it_died(death)}; the session's state is {state}", exit_status=death.status, state=state
-        )
+        raise killed_error(end, state, death)
 
     def _turn_or_lost(
         self, limits: Limits, capture: Capture, message: Message, attachments: list[Attachment], fds: tuple[int, ...] = ()
@@ -322,7 +306,7 @@ class FramedSession:
             self._protect()
         else:
             new_state, new_lost, death = self._recover(end)
-            state, lost = _worse(state, new_state), (*lost, *new_lost)
+            state, lost = worse(state, new_state), (*lost, *new_lost)
             peak, cpu_after = death.peak_memory_mb, death.cpu_seconds
         if end.host_interrupted:
             raise KeyboardInterrupt
@@ -347,7 +331,7 @@ class FramedSession:
         usage: Usage,
         protected: bool,
     ) -> ExecResult:
-        outcome, error, hit = self._judge(end, death, peak)
+        outcome, error, hit = judge(end, death, peak, self._limits)
         return ExecResult(
             outcome=outcome,
             stdout=capture.text("stdout"),
@@ -359,38 +343,10 @@ class FramedSession:
             state=state,
             lost_names=lost,
             dropped_bytes=capture.dropped,
-            read={name: _from_guest(value) for name, value in end.read.items() if type(name) is str},
+            read={name: from_guest(value) for name, value in end.read.items() if type(name) is str},
             usage=usage,
             protected=protected,
         )
-
-    def _judge(self, end: TurnEnd, death: Death, peak: float | None) -> tuple[Outcome, str | None, LimitHit | None]:
-        """What the cell came to, from what the host saw; the guest's words only fill in the message."""
-        if end.hit is not None:
-            return (
-                "limit",
-                f"TimeLimit: the cell hit {end.hit.kind}={end.hit.limit:,}"
-                if "seconds" in end.hit.kind
-                else (f"LimitExceeded: the cell hit {end.hit.kind}={end.hit.limit:,}"),
-                end.hit,
-            )
-        if end.interrupted:
-            return "interrupted", "KeyboardInterrupt: the cell was interrupted", None
-        if end.failure is not None and end.failure[0] == "MemoryError" and self._limits.memory_mb is not None:
-            # Without a cgroup the kernel only refuses the allocation; that it was this limit is the guest's word.
-            text = f"MemoryError: {end.failure[1]}"
-            return "limit", text, LimitHit("memory_mb", self._limits.memory_mb, peak, "guest")
-        if end.failure is not None and end.failure[0] == TOO_LARGE and self._limits.value_bytes is not None:
-            text = f"LimitExceeded: {end.failure[1]}"
-            return "limit", text, LimitHit("value_bytes", self._limits.value_bytes, None, "guest")
-        if end.kind == "violation":
-            return "violation", f"ProtocolViolation: the guest broke the protocol ({end.detail})", None
-        if end.kind in ("died", "killed"):
-            return "crashed", f"GuestCrashed: the guest {_how_it_died(death)}", None
-        if end.failure is None:
-            return "ok", None, None
-        type_name, message, _ = end.failure
-        return "error", f"{type_name}: {message}" if message else type_name, None
 
     def _is_out_of_memory(self) -> bool:
         """After a MemoryError: whether what the cell left behind would fail the next cell, too."""
@@ -512,7 +468,7 @@ class FramedSession:
     def _recover_between(self, death: Death) -> None:
         """The worker died between turns. The next result says what became of the state."""
         state, lost, _ = self._recover(TurnEnd("died", death=death))
-        self._pending_state, self._pending_lost = _worse(self._pending_state, state), (*self._pending_lost, *lost)
+        self._pending_state, self._pending_lost = worse(self._pending_state, state), (*self._pending_lost, *lost)
 
     def _recover(self, end: TurnEnd) -> tuple[State, tuple[str, ...], Death]:
         """After a kill: the standby, else a fresh worker with setup and bindings, else a whole new guest."""
@@ -564,33 +520,3 @@ class FramedSession:
                 self._bind(name, binding)
         finally:
             self._setting_up = False
-
-
-def _worse(first: State, second: State) -> State:
-    order: tuple[State, ...] = ("kept", "restored", "lost")
-    return max(first, second, key=order.index)
-
-
-def _how_it_died(death: Death) -> str:
-    if death.why:
-        return f"was killed: {death.why}"
-    if death.status is None:
-        return "died"
-    if os.WIFSIGNALED(death.status):
-        number = os.WTERMSIG(death.status)
-        try:
-            return f"was killed by {signal.Signals(number).name}"
-        except ValueError:
-            return f"was killed by signal {number}"
-    return f"exited with status {os.WEXITSTATUS(death.status)}"
-
-
-def _from_guest(value: Any) -> Any:
-    """A decoded guest value with the codec's own types turned into the contract's."""
-    if type(value) is OpaqueValue:
-        return Opaque(value.type_name, value.repr)
-    if type(value) in (list, tuple, set, frozenset):
-        return type(value)(_from_guest(item) for item in value)
-    if type(value) is dict:
-        return {_from_guest(key): _from_guest(item) for key, item in value.items()}
-    return value
