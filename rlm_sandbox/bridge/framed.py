@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import socket
 import threading
 import time
 import warnings
@@ -441,11 +442,15 @@ class FramedSession:
             else:
                 self._protecting = False
                 self._protected = self._has_standby = report.kind == "protected"
+                self._stale = not self._protected  # tried again before the next cell
 
     def _prepare(self, *, protect: bool = False) -> None:
         """Before a turn: finish the standby, notice what died meanwhile, drop what was printed between turns."""
         try:
             self._await_protection()
+            if self._spoke_between_turns():
+                self._recover_between(Death(why="it sent something between turns"))
+                self._await_protection()
             if protect and self._stale and self._config.recovery:
                 self._guest.wake()
                 self._protect()
@@ -455,6 +460,13 @@ class FramedSession:
                 raise
             self._lose()
         self._drop_stray_output()
+
+    def _spoke_between_turns(self) -> bool:
+        """Whether the worker sent more than the end of its last turn: that cell forged it, or left a thread that writes."""
+        try:
+            return bool(self._guest.data.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
 
     def _drop_stray_output(self) -> None:
         for fd in self._guest.outputs:
