@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -346,3 +347,20 @@ def test_a_grade_below_the_accepted_one_is_refused_at_the_start(backend: str, ca
         open_repl(backend, trusted=True)
     with pytest.raises(UnsupportedLimit):
         open_repl(backend, accept=Grade.NONE)
+
+
+@pytest.mark.parametrize("code", ["while True: pass", "f()"], ids=["guest busy", "in a host call"])
+def test_ctrl_c_ends_the_cell_is_raised_and_leaves_the_session_usable(repl: REPLProtocol, code: str) -> None:
+    never = threading.Event()
+    repl.bind("f", never.wait)
+    ok(repl.exec("kept = 41"))
+    # To the main thread, where the handler runs: as a terminal's Ctrl-C does.
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        repl.exec(code)
+    timer.join()
+    assert run(repl, "x = kept + 1", "x") == 42
+    never.set()
