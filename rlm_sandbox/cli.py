@@ -24,7 +24,7 @@ from .errors import SandboxError
 from .limits import Limits
 from .orchestrator import RLM, Listener, Policy, RunFinished, Trace
 from .protocol import Grade
-from .registry import available, backend_names
+from .registry import backend_names
 from .trajectory import JsonlWriter
 
 __all__ = ("main",)
@@ -55,6 +55,17 @@ Exit status:
   2    the command line cannot be parsed
   {NOT_VERIFIED}    a budget ran out: the answer is the best so far, not verified
   {INTERRUPTED}  interrupted
+"""
+
+DOCTOR_HELP: Final = f"""Try every backend and every isolation layer on this machine.
+
+Each is tried in a process of its own, not looked up: PASS, CAUTION (works, with less than there could be), FAIL, or
+SKIPPED (not tried, or nothing depends on it), with what follows from it and what to do.
+
+\b
+Exit status:
+  0    --backend auto works here
+  {FAILED}    it does not
 """
 
 _LIMITS: Final = Limits()
@@ -153,16 +164,21 @@ def run(
         raise typer.Exit(NOT_VERIFIED)
 
 
-@app.command()
-def doctor() -> None:
-    """Say which backends work here, and what to do about the others."""
-    found = available()
-    for name, availability in found.items():
-        if availability.usable:
-            typer.echo(f"PASS  {name}")
-        else:
-            typer.echo(f"FAIL  {name}: {availability.reason}; {availability.remedy}")
-    if not any(availability.usable for availability in found.values()):
+@app.command(help=DOCTOR_HELP, short_help="Say what works on this machine, by trying it.")
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    from .doctor import diagnose, render
+
+    with _explained():
+        waiting = Console(stderr=True, highlight=False)
+        with waiting.status("trying") as status:
+            diagnosis = diagnose(lambda what: status.update(f"trying {what}"))
+    if as_json:
+        typer.echo(json.dumps(diagnosis.to_json()))
+    else:
+        render(diagnosis, Console(file=sys.stdout, highlight=False))
+    if not diagnosis.usable:
         raise typer.Exit(FAILED)
 
 

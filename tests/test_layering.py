@@ -40,6 +40,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "adapters": ("errors", "orchestrator"),
     "orchestrator": (*CONTRACT, "context", "prelude"),
     "bundle": (),
+    # What `doctor` tries: the contract's backends, and the guest side's own confinement, mechanism by mechanism.
+    "diagnosis": (*CONTRACT, "confine", "runners.mapped_text"),
     # The guest side.
     "context.view": GUEST,
     "context.stored": GUEST,

@@ -42,6 +42,8 @@ _NR_SECCOMP: Final = 317
 _NR_CAPSET: Final = 126
 _NR_PIDFD_SEND_SIGNAL: Final = 424
 _NR_MOUNT_SETATTR: Final = 442
+_NR_LANDLOCK_CREATE_RULESET: Final = 444
+_NR_LANDLOCK_RESTRICT_SELF: Final = 446
 _NR_CLOSE_RANGE: Final = 436
 
 _AT_RECURSIVE: Final = 0x8000
@@ -53,6 +55,7 @@ _SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
 #: Since 5.19: once the supervisor has a notification, only a fatal signal interrupts the caller, so one call of the
 #: guest is one notification even when it is stopped and continued meanwhile.
 _SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV: Final = 1 << 5
+_LANDLOCK_ACCESS_FS_WRITE_FILE: Final = 1 << 1
 _LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
 _M_ARENA_MAX: Final = -8
 
@@ -145,6 +148,20 @@ def install_filter(program: bytes, *, listener: bool) -> int:
         if result >= 0:
             return int(result)
     return _check(result, "seccomp")
+
+
+def landlock_give_up_writing() -> None:
+    """landlock(7): a rule set without a rule, so that this thread can open no file for writing. For trials only."""
+    attributes = struct.pack("<Q", _LANDLOCK_ACCESS_FS_WRITE_FILE)
+    ruleset = _syscall(
+        ctypes.c_long(_NR_LANDLOCK_CREATE_RULESET), attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0)
+    )
+    _check(ruleset, "landlock_create_ruleset")
+    try:
+        result = _syscall(ctypes.c_long(_NR_LANDLOCK_RESTRICT_SELF), ctypes.c_int(ruleset), ctypes.c_uint(0))
+        _check(result, "landlock_restrict_self")
+    finally:
+        os.close(ruleset)
 
 
 def pidfd_send_signal(pidfd: int, number: int) -> None:
