@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ("NUMBERS", "SUPERVISOR", "WORKER", "Arg", "Rule", "build_filter")
+__all__ = ("LAST", "NUMBERS", "SUPERVISOR", "WORKER", "Arg", "Rule", "build_filter", "build_refusal")
 
 _AUDIT_ARCH_X86_64: Final = 0xC000003E
 _X32_BIT: Final = 0x40000000
@@ -24,18 +24,23 @@ _RET_ALLOW: Final = 0x7FFF0000
 _LD_W_ABS: Final = 0x20
 _ALU_AND_K: Final = 0x54
 _JEQ_K: Final = 0x15
+_JGT_K: Final = 0x25
 _JGE_K: Final = 0x35
 _RET_K: Final = 0x06
 
 
 @dataclass(frozen=True, slots=True)
 class Arg:
-    """Argument ``index`` (0 to 5), and-ed with ``mask``, must be one of ``values``. ``wide`` compares all 64 bits with 0."""
+    """Argument ``index`` (0 to 5), and-ed with ``mask``, must be one of ``values``. ``wide`` compares all 64 bits with 0.
+
+    ``below`` instead of ``values``: all 64 bits, as an unsigned number, must be less.
+    """
 
     index: int
-    values: tuple[int, ...]
+    values: tuple[int, ...] = ()
     mask: int = 0xFFFFFFFF
     wide: bool = False
+    below: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,10 @@ _ASK: Final = Rule(_RET_USER_NOTIF)
 #: glibc falls back to clone, whose flags a filter can read; clone3 passes them in memory, which it cannot.
 _ABSENT: Final = Rule(_RET_ERRNO | errno.ENOSYS)
 
+#: Between where Linux puts mappings and where it puts the main stack on x86-64, wherever it randomizes them: the stack's
+#: top is less than 16 GiB below 2**47, and the mappings begin at least 16 GiB, the stack's limit and 128 MiB below it.
+_STACK_FLOOR: Final = 0x7FFB_F800_0000
+
 #: The exact flags with which glibc and musl make a thread.
 _THREAD_FLAGS: Final = (0x3D0F00, 0x7D0F00)
 #: What glibc's fork passes: CLONE_CHILD_CLEARTID | CLONE_CHILD_SETTID | SIGCHLD.
@@ -60,10 +69,10 @@ _PLAIN: Final = """
     read write readv writev pread64 pwrite64 preadv pwritev lseek close dup dup2 dup3 pipe pipe2
     open openat stat lstat fstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getdents64 getcwd
     chdir fchdir msync ftruncate truncate fallocate fsync fdatasync rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat link
-    linkat symlink symlinkat chmod fchmod fchmodat utimensat umask sendfile copy_file_range
-    mprotect munmap mremap brk
+    linkat symlink symlinkat chmod fchmodat utimensat umask sendfile copy_file_range
+    mprotect munmap brk
     poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2
-    sendto recvfrom sendmsg recvmsg shutdown getsockopt getsockname getpeername
+    sendto recvfrom recvmsg shutdown getsockname getpeername
     futex set_robust_list get_robust_list rseq membarrier
     clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getrusage
     getpid getppid gettid getuid geteuid getgid getegid getgroups getresuid getresgid getpgrp getpgid getsid uname sysinfo
@@ -72,11 +81,14 @@ _PLAIN: Final = """
     exit exit_group wait4 waitid restart_syscall
 """.split()
 
-#: The worker: what a CPython without files of the host, network and children needs.
+#: The worker: what a CPython without files of the host, network and children needs. Not fchmod: a context's descriptor
+#: belongs to a file that other sessions open, and on an ordinary user's host the guest is that file's owner.
 WORKER: Final[dict[str, Rule]] = {
     **dict.fromkeys(_PLAIN, _ALLOW),
     # No GROWSDOWN or HUGETLB, and no SHARED together with ANONYMOUS: RLIMIT_DATA does not count them.
     "mmap": Rule(args=(Arg(3, (0x00, 0x01, 0x20), mask=0x21), Arg(3, (0,), mask=0x40100))),
+    # Not the main stack: a piece of it that is moved and enlarged stays a stack, which RLIMIT_DATA does not count.
+    "mremap": Rule(args=(Arg(0, below=_STACK_FLOOR),)),
     # Ordinary advice only: DONTFORK and WIPEONFORK would sabotage the standby, REMOVE and HWPOISON reach beyond it.
     "madvise": Rule(args=(Arg(2, (0, 1, 2, 3, 4, 8, 14, 15)),)),
     # F_SETOWN with F_SETSIG(SIGKILL) kills a sibling where kill() is refused; F_SETPIPE_SZ pins 30 MB of kernel memory.
@@ -88,6 +100,8 @@ WORKER: Final[dict[str, Rule]] = {
     "prlimit64": Rule(args=(Arg(0, (0,)), Arg(2, (0,), wide=True))),
     # PR_SET_NAME and PR_GET_NAME: not PDEATHSIG, DUMPABLE or SUBREAPER.
     "prctl": Rule(args=(Arg(0, (15, 16)),)),
+    # SO_TYPE, SO_ERROR, SO_SNDBUF, SO_RCVBUF, SO_ACCEPTCONN, SO_PROTOCOL, SO_DOMAIN: not SO_PEERPIDFD, a handle to the host.
+    "getsockopt": Rule(args=(Arg(1, (1,)), Arg(2, (3, 4, 7, 8, 30, 38, 39)))),
     # A stream pair for asyncio's self-pipe. socket() itself is not here: no network, no unix path.
     "socketpair": Rule(args=(Arg(0, (1,)), Arg(1, (1,), mask=0xFFF7F7FF))),
     # Threads. Processes only with the supervisor's word, which it gives to the runner between cells.
@@ -99,7 +113,14 @@ WORKER: Final[dict[str, Rule]] = {
     # Signals to oneself; never to the supervisor or the standby.
     "kill": _ASK,
     "tgkill": _ASK,
+    # For the worker's own last steps only, see LAST.
+    "sendmsg": _ALLOW,
+    "seccomp": _ALLOW,
 }
+
+#: Refused once the worker has handed over its notifier, before any cell code: a descriptor on its way through a socket
+#: counts against the whole user, so one guest could keep the supervisors of others from sending theirs.
+LAST: Final = ("sendmsg", "seccomp")
 
 #: The supervisor, which never runs cell code; the worker inherits this filter too, so it must contain the worker's.
 SUPERVISOR: Final[dict[str, Rule]] = {
@@ -160,6 +181,12 @@ def _check_arg(arg: Arg) -> list[bytes]:
     """Instructions that fall through if the argument is allowed and otherwise return EPERM."""
     low = 16 + 8 * arg.index
     deny = _instruction(_RET_K, _RET_ERRNO | errno.EPERM)
+    if arg.below is not None:
+        high_bound, low_bound = arg.below >> 32, arg.below & 0xFFFFFFFF
+        return [
+            _instruction(_LD_W_ABS, low + 4), _instruction(_JGT_K, high_bound, 3, 0), _instruction(_JEQ_K, high_bound, 0, 3),
+            _instruction(_LD_W_ABS, low), _instruction(_JGE_K, low_bound, 0, 1), deny,
+        ]  # fmt: skip
     if arg.wide:
         return [
             _instruction(_LD_W_ABS, low), _instruction(_JEQ_K, 0, 1, 0), deny,
@@ -197,4 +224,13 @@ def build_filter(rules: dict[str, Rule]) -> bytes:
         length = sum(len(part) for part in body) // 8
         program += [_instruction(_JEQ_K, NUMBERS[name], 0, length), *body]
     program.append(_instruction(_RET_K, _RET_ERRNO | errno.EPERM))
+    return b"".join(program)
+
+
+def build_refusal(names: tuple[str, ...]) -> bytes:
+    """The BPF program that refuses these system calls and leaves the rest to the filters before it."""
+    program = [_instruction(_LD_W_ABS, 0)]
+    for name in names:
+        program += [_instruction(_JEQ_K, NUMBERS[name], 0, 1), _instruction(_RET_K, _RET_ERRNO | errno.EPERM)]
+    program.append(_instruction(_RET_K, _RET_ALLOW))
     return b"".join(program)

@@ -15,7 +15,7 @@ from typing import Final
 from . import _syscalls_unsafe as raw
 from . import seccomp
 
-__all__ = ("GUEST_ID", "SessionConfinement", "confine_supervisor", "confine_worker")
+__all__ = ("GUEST_ID", "SessionConfinement", "confine_supervisor", "confine_worker", "seal_worker")
 
 #: User and group id a guest sees as its own.
 GUEST_ID: Final = 1000
@@ -144,9 +144,18 @@ def confine_supervisor(plan: SessionConfinement, proc: int) -> None:
 
 
 def confine_worker() -> int:
-    """The last step before cell code: the worker's own filter. Returns the descriptor of its notifier, for the supervisor.
+    """The worker's own filter. Returns the descriptor of its notifier, for the supervisor.
 
     Raises:
         OSError: the kernel refuses; the caller must end the process.
     """
     return raw.install_filter(seccomp.build_filter(seccomp.WORKER), listener=True)
+
+
+def seal_worker() -> None:
+    """The last step before cell code, when the notifier has been handed over.
+
+    Raises:
+        OSError: the kernel refuses; the caller must end the process.
+    """
+    raw.install_filter(seccomp.build_refusal(seccomp.LAST), listener=False)

@@ -1,4 +1,4 @@
-"""The guest's file tree: a read-only standard library at a neutral path, three devices, and nothing of the host.
+"""The guest's file tree: a read-only standard library at a neutral path, a few devices, and nothing of the host.
 
 Built once per launcher on a tmpfs, then pivoted into. Everything is a read-only bind mount, so sessions share it.
 """
@@ -25,7 +25,8 @@ _LIBRARY_BEARERS: Final = (
 )  # fmt: skip
 #: Directories of the standard library that hold what the host installed, or nothing a guest can use.
 _HIDDEN: Final = ("site-packages", "dist-packages", "ensurepip", "test", "idlelib", "tkinter", "turtledemo")
-_DEVICES: Final = ("null", "zero", "urandom", "random")
+#: Not zero: mapped and shared it is memory that no limit counts.
+_DEVICES: Final = ("null", "urandom", "random")
 
 
 def _libraries() -> dict[str, str]:

@@ -26,7 +26,7 @@ from typing import Any, Final, NoReturn
 
 from ..confine import _syscalls_unsafe as raw
 from ..confine.seccomp import NUMBERS
-from ..confine.steps import SessionConfinement, confine_supervisor, confine_worker
+from ..confine.steps import SessionConfinement, confine_supervisor, confine_worker, seal_worker
 from . import control, worker
 
 __all__ = ("main",)
@@ -69,6 +69,8 @@ class Supervisor:
         self._death: dict[str, Any] = {}
         self._standby = 0
         self._standby_pidfd = -1
+        self._newborn = 0
+        self._newborn_pidfd = -1
         self._ticket_until = 0.0
         self._ticket_used = False
 
@@ -109,10 +111,12 @@ class Supervisor:
         listener = confine_worker()
         birth.sendmsg([LISTENER], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", listener))])
         os.close(listener)
+        seal_worker()
         worker.main(data_fd, birth, generation)
 
     def _bury_worker(self) -> None:
-        """Kill the worker's whole group, reap it, and keep what the kernel says of it."""
+        """Kill the worker's whole group, and its child that has left the group, and keep what the kernel says of it."""
+        self._drop_newborn()
         if not self._worker:
             return
         try:
@@ -134,6 +138,17 @@ class Supervisor:
             pass
         os.close(self._standby_pidfd)
         self._standby, self._standby_pidfd = 0, -1
+
+    def _drop_newborn(self) -> None:
+        """Kill a child that left the worker's group and did not become the standby: no group sweep would find it."""
+        if not self._newborn:
+            return
+        try:
+            raw.pidfd_send_signal(self._newborn_pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os.close(self._newborn_pidfd)
+        self._newborn, self._newborn_pidfd = 0, -1
 
     def _reap_orphans(self) -> None:
         """Collect zombies that fell to us as pid 1: standbys of workers that are gone."""
@@ -231,22 +246,15 @@ class Supervisor:
             self._drop_standby()
             raw.pidfd_send_signal(self._worker_pidfd, signal.SIGSTOP)
             control.send(self._host, {"op": "unprotected"})
-        elif sender not in (0, self._worker, self._standby) and text == HELLO and self._ticket_used:
-            self._accept_standby(sender)
+        elif sender == self._newborn != 0 and text == HELLO:
+            self._accept_standby()
 
-    def _accept_standby(self, pid: int) -> None:
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError:
-            return  # it is gone already; the ticket runs out
-        raw.pidfd_send_signal(pidfd, signal.SIGSTOP)
-        if os.getpgid(pid) != pid:
-            raw.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.close(pidfd)
-            self._fail_ticket("the standby is not in a group of its own")
-            return
+    def _accept_standby(self) -> None:
+        """The newborn, which is in a group of its own, is the standby from now on."""
+        raw.pidfd_send_signal(self._newborn_pidfd, signal.SIGSTOP)
         self._drop_standby()
-        self._standby, self._standby_pidfd = pid, pidfd
+        self._standby, self._standby_pidfd = self._newborn, self._newborn_pidfd
+        self._newborn, self._newborn_pidfd = 0, -1
         self._ticket_until = 0.0
         raw.pidfd_send_signal(self._worker_pidfd, signal.SIGSTOP)
         control.send(self._host, {"op": "protected"})
@@ -278,16 +286,21 @@ class Supervisor:
             self._ticket_used = True
             return True
         if name == "setpgid":
-            # Only the new standby, leaving the worker's group so that killing that group spares it.
-            return (
-                bool(self._ticket_until)
-                and self._ticket_used
-                and caller not in (self._worker, self._standby)
-                and args[:2] == [0, 0]
-            )
+            # Only the new standby, leaving the worker's group so that killing that group spares it. From here on it is known.
+            expected = self._ticket_until and self._ticket_used and not self._newborn
+            return bool(expected) and caller not in (self._worker, self._standby) and args[:2] == [0, 0] and self._adopt(caller)
         if name in ("kill", "tgkill"):
             return args[0] & 0xFFFFFFFF == self._worker
         return False
+
+    def _adopt(self, caller: int) -> bool:
+        """Remember the worker's new child. False for a thread that does not lead its process, and for a thread of the worker."""
+        try:
+            pidfd = os.pidfd_open(caller)
+        except OSError:
+            return False
+        self._newborn, self._newborn_pidfd = caller, pidfd
+        return True
 
     def serve(self) -> None:
         """Answer host, kernel and worker until the host is gone."""
