@@ -17,7 +17,15 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from ..context import Context, WholeText
-from ..errors import ProtocolViolation, SessionBusy, SessionClosed, UnsendableValue
+from ..errors import (
+    BackendUnavailable,
+    GuestCrashed,
+    ProtocolViolation,
+    SandboxError,
+    SessionBusy,
+    SessionClosed,
+    UnsendableValue,
+)
 from ..limits import Limits
 from ..protocol import Capabilities
 from ..registry import SessionConfig
@@ -30,7 +38,7 @@ from .guest import Death, Guest, GuestLost
 from .handles import HandleTable
 from .host_pool import HostPool
 from .names import checked_name
-from .turn import Turn, TurnEnd, WakePipe
+from .turn import Turn, TurnEnd, WakePipe, shown
 from .verdict import from_guest, how_it_died, judge, killed_error, turn_error, worse
 
 __all__ = ("FramedSession",)
@@ -41,8 +49,14 @@ log: Final = logging.getLogger("rlm_sandbox.session")
 _HEADROOM_MB: Final = 8
 _HEADROOM_SHARE: Final = 0.1
 _HELLO_SECONDS: Final = 10.0
+#: A standby is the cell's own memory: what the cell did to it may keep it from greeting, and recovery has 2 s.
+_STANDBY_HELLO_SECONDS: Final = 1.5
 #: The supervisor's own deadline is shorter; this one catches a supervisor that is gone or hung.
 _PROTECT_SECONDS: Final = 5.0
+#: Between two turns there are a ticket's answer, a death or two, and a standby's; a supervisor that says more has gone wrong.
+_MAX_REPORTS: Final = 8
+#: The echo of a cell; an honest guest cuts it at 20,000 and says so.
+_MAX_ECHO_CHARS: Final = 20_100
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +82,7 @@ class FramedSession:
             BackendUnavailable: the guest did not start.
             GuestError, LimitExceeded, GuestCrashed: ``config.setup`` failed.
         """
-        self._guest = start()
-        self._freed = False
+        self._freed = True
         self._owner = os.getpid()
         self._start = start
         self._config = config
@@ -82,7 +95,6 @@ class FramedSession:
         self._running = False
         self._handles = HandleTable()
         self._pool = HostPool()
-        self._wake = WakePipe()
         self._bindings: dict[str, _Binding] = {}
         self._known_names: list[str] = []
         self._cell = 0
@@ -91,10 +103,22 @@ class FramedSession:
         self._has_standby = False
         self._stale = True
         self._setting_up = False
+        self._out_of_step = False
         self._pending_state: State = "kept"
         self._pending_lost: tuple[str, ...] = ()
         seconds = self._limits.session_seconds
         self._until = None if seconds is None else time.monotonic() + seconds
+        try:
+            self._wake = WakePipe()
+        except OSError as exc:
+            reason = f"this process cannot open a pipe ({exc.strerror})"
+            raise BackendUnavailable(capabilities.backend, reason, "close sessions, or raise the limit: ulimit -n") from exc
+        try:
+            self._guest = start()
+        except BaseException:
+            self._wake.close()
+            raise
+        self._freed = False
         try:
             self._greet()
             self._configure()
@@ -168,7 +192,7 @@ class FramedSession:
             value = self._plain_turn(Names()).value
             if type(value) is not dict or not all(type(item) is str for pair in value.items() for item in pair):
                 raise ProtocolViolation("the guest's list of names is malformed")
-            return {key[:200]: text[:400] for key, text in value.items()}
+            return {shown(key, 200): shown(text, 400) for key, text in value.items()}
 
     def interrupt(self) -> None:
         """See `REPLProtocol.interrupt`."""
@@ -186,6 +210,7 @@ class FramedSession:
                 self._set_up_again()
             except GuestLost:
                 self._rebuild()
+            self._take_pending()  # what went was to go
 
     def close(self) -> None:
         """See `REPLProtocol.close`."""
@@ -193,12 +218,7 @@ class FramedSession:
             return
         self._closed = True
         self.interrupt()
-        # A running call ends its turn and sees that the session is closed; its guest is freed there.
-        if self._lock.acquire(timeout=0):
-            try:
-                self._free()
-            finally:
-                self._lock.release()
+        self._free_if_closed()
 
     def __enter__(self) -> Self:
         return self
@@ -219,11 +239,20 @@ class FramedSession:
             raise SessionBusy("the session is running another call; wait for it, or use one session per thread")
         try:
             self._check_open()
+            self._interrupted, self._running = False, True
             yield
         finally:
-            if self._closed:
-                self._free()
+            self._running = False
             self._lock.release()
+            self._free_if_closed()
+
+    def _free_if_closed(self) -> None:
+        """Whoever comes last frees: a `close` that found the lock taken has left it to the call that held it."""
+        if self._closed and self._lock.acquire(blocking=False):
+            try:
+                self._free()
+            finally:
+                self._lock.release()
 
     def _check_open(self) -> None:
         if self._owner != os.getpid():
@@ -244,22 +273,33 @@ class FramedSession:
     # ---- turns
 
     def _turn(
-        self, limits: Limits, capture: Capture, message: Message, attachments: list[Attachment], fds: tuple[int, ...]
+        self, limits: Limits, capture: Capture, message: Message, attachments: list[Attachment], fds: tuple[int, ...] = ()
     ) -> TurnEnd:
-        turn = Turn(self._guest, self._handles, self._pool, self._wake, limits, capture, lambda: self._interrupted, self._until)
-        self._interrupted = self._closed
-        self._running = True
+        turn = Turn(self._guest, self._handles, self._pool, self._wake, limits, capture, self._is_interrupted, self._until)
+        # Whatever is raised from here on, a signal handler's SystemExit included, leaves a guest that is still in this turn
+        # and would answer the next one with its end.
+        self._out_of_step = True
         try:
-            return turn.run(message, attachments, fds)
-        finally:
-            self._running = False
-            self._interrupted = False
+            end = turn.run(message, attachments, fds)
+        except FrameTooLarge:
+            self._out_of_step = False  # nothing was sent
+            raise
+        except BaseException:
+            self._guest.stop()
+            raise
+        self._out_of_step = end.kind != "done"
+        return end
+
+    def _is_interrupted(self) -> bool:
+        """An interrupt is for the call, not for making its session whole again."""
+        return self._closed or (self._interrupted and not self._setting_up)
 
     def _plain_turn(self, message: Message, attachments: list[Attachment] | None = None, fds: tuple[int, ...] = ()) -> TurnEnd:
         """A turn that is not a cell: what goes wrong is raised."""
-        self._prepare()
+        # Reading runs guest code (a repr), which is killed like a cell; it must not cost what was set since the last one.
+        self._prepare(protect=isinstance(message, Get | Names))
         try:
-            end = self._turn_or_lost(self._limits, Capture(0), message, attachments or [], fds)
+            end = self._turn(self._limits, Capture(0), message, attachments or [], fds)
         except FrameTooLarge as exc:
             raise UnsendableValue(f"this cannot be sent: {exc}; send it in parts") from None
         if end.kind == "done":
@@ -276,31 +316,27 @@ class FramedSession:
             self._pending_state, self._pending_lost = state, (*self._pending_lost, *lost)
         raise killed_error(end, state, death)
 
-    def _turn_or_lost(
-        self, limits: Limits, capture: Capture, message: Message, attachments: list[Attachment], fds: tuple[int, ...] = ()
-    ) -> TurnEnd:
-        try:
-            return self._turn(limits, capture, message, attachments, fds)
-        except GuestLost as exc:
-            return TurnEnd("died", detail=str(exc))
-
     def _exec(self, code: str, read: list[str], limits: Limits, on_output: Callable[[OutputChunk], None] | None) -> ExecResult:
         self._prepare(protect=True)
         self._cell += 1
         protected = self._protected
         capture = Capture(limits.output_bytes, on_output)
+        if self._is_interrupted():  # before it began
+            state, lost = self._take_pending()
+            return self._result(TurnEnd("done", interrupted=True), capture, Death(), None, state, lost, Usage(), protected)
         started, cpu_before = time.monotonic(), self._guest.cpu_seconds()
         try:
-            end = self._turn_or_lost(limits, capture, Exec(self._cell, code, read, limits.output_bytes), [])
+            end = self._turn(limits, capture, Exec(self._cell, code, read, limits.output_bytes), [])
         except FrameTooLarge:
             raise ValueError("the cell's source is too long; bind a long text as a Context or set() it") from None
+        if end.kind == "done" and not end.read.keys() <= set(read):
+            end.kind, end.detail, end.read, end.failure = "violation", "it sent values nobody asked for", {}, None
         death, peak, cpu_after = end.death, None, None
         if end.kind == "done" and end.failure is not None and end.failure[0] == "MemoryError":
             peak = self._guest.peak_memory_mb()
             if self._is_out_of_memory():
                 end.kind = "killed"
-        state, lost = self._pending_state, self._pending_lost
-        self._pending_state, self._pending_lost = "kept", ()
+        state, lost = self._take_pending()
         if end.kind == "done":
             cpu_after = self._guest.cpu_seconds()
             self._note_names(end)
@@ -321,6 +357,12 @@ class FramedSession:
         )
         return self._result(end, capture, death, peak, state, lost, usage, protected)
 
+    def _take_pending(self) -> tuple[State, tuple[str, ...]]:
+        """What became of the state since the last result."""
+        pending = self._pending_state, self._pending_lost
+        self._pending_state, self._pending_lost = "kept", ()
+        return pending
+
     def _result(
         self,
         end: TurnEnd,
@@ -337,14 +379,14 @@ class FramedSession:
             outcome=outcome,
             stdout=capture.text("stdout"),
             stderr=capture.text("stderr"),
-            value=end.value if type(end.value) is str and outcome == "ok" else None,
+            value=shown(end.value, _MAX_ECHO_CHARS) if type(end.value) is str and outcome == "ok" else None,
             error=error,
             traceback=(end.failure[2] or None) if end.failure is not None else None,
             limit=hit,
             state=state,
             lost_names=lost,
             dropped_bytes=capture.dropped,
-            read={name: from_guest(value) for name, value in end.read.items() if type(name) is str},
+            read={name: from_guest(value) for name, value in end.read.items()},
             usage=usage,
             protected=protected,
         )
@@ -356,12 +398,13 @@ class FramedSession:
 
     def _note_names(self, end: TurnEnd) -> None:
         if end.names is not None:
-            self._known_names = [name[:200] for name in end.names[:10_000]]
+            self._known_names = [shown(name, 200) for name in end.names[:10_000]]
 
     # ---- bindings
 
     def _configure(self) -> None:
-        self._plain_turn(Configure(self._limits.output_bytes, self._limits.value_bytes, self._config.setup))
+        setup = self._config.setup.encode("utf-8", "backslashreplace").decode()  # lone surrogates are not source code
+        self._plain_turn(Configure(self._limits.output_bytes, self._limits.value_bytes, setup))
 
     def _bind(self, name: str, binding: _Binding) -> None:
         target = binding.target
@@ -394,7 +437,13 @@ class FramedSession:
         meta = encoder.encode(context.added_metadata)
         message = BindText(name, whole, stored.chars, stored.width, stored.ascii_only, spans, meta)
         self._prepare()
-        self._guest.grow_address_space(os.fstat(stored.fd).st_size + (1 << 20))
+        try:
+            self._guest.grow_address_space(os.fstat(stored.fd).st_size + (1 << 20))
+        except GuestLost as exc:
+            if self._setting_up:
+                raise
+            self._recover_between(Death())
+            raise GuestCrashed(f"the guest was lost before the context could be bound ({exc})", state=self._pending_state) from None
         # A description of the session's own: the host's has an offset, which sessions would share.
         fd = os.open(f"/proc/self/fd/{stored.fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -404,10 +453,10 @@ class FramedSession:
 
     # ---- recovery
 
-    def _greet(self) -> None:
-        Turn(self._guest, self._handles, self._pool, self._wake, self._limits, Capture(0), lambda: False, None).expect_hello(
-            _HELLO_SECONDS
-        )
+    def _greet(self, seconds: float = _HELLO_SECONDS) -> None:
+        turn = Turn(self._guest, self._handles, self._pool, self._wake, self._limits, Capture(0), lambda: False, None)
+        turn.expect_hello(seconds)
+        self._out_of_step = False
 
     def _protect(self) -> None:
         """Begin to make a standby of the present state; the worker is stopped when it is there."""
@@ -415,18 +464,19 @@ class FramedSession:
         if not self._config.recovery:
             self._guest.stop()
             return
+        self._protecting = True  # first: after a Ctrl-C in the middle of this the supervisor's answer is still to be waited for
         try:
             self._guest.request_protection()
             for buffer in dump_frame(dump_message(Protect()), [], max_bytes=1 << 20):
                 self._guest.data.sendall(buffer)
-            self._protecting = True
         except (GuestLost, OSError):
+            self._protecting = False
             self._guest.stop()
 
     def _await_protection(self) -> None:
         """Wait for the standby that is being made, and take what the supervisor reported meanwhile."""
         until = time.monotonic() + _PROTECT_SECONDS
-        while True:
+        for _ in range(_MAX_REPORTS):
             poll = select.poll()
             poll.register(self._guest.control_fd, select.POLLIN)
             left = until - time.monotonic() if self._protecting else 0.0
@@ -438,15 +488,25 @@ class FramedSession:
             if report is None:
                 continue
             if report.kind == "died":
+                if self._setting_up:
+                    raise GuestLost("the worker died while it was set up")
                 self._recover_between(report.death)
-            else:
+            elif report.kind == "standby_died":  # while a ticket is open, the one before
+                self._protected = self._has_standby = False
+                self._stale = True
+            elif self._protecting:
                 self._protecting = False
                 self._protected = self._has_standby = report.kind == "protected"
                 self._stale = not self._protected  # tried again before the next cell
+            else:
+                raise GuestLost("the supervisor reported what nobody asked for")
+        raise GuestLost("the supervisor reports without end")
 
     def _prepare(self, *, protect: bool = False) -> None:
         """Before a turn: finish the standby, notice what died meanwhile, drop what was printed between turns."""
         try:
+            if self._out_of_step:
+                self._recover_between(Death(why="its last turn was abandoned"))
             self._await_protection()
             if self._spoke_between_turns():
                 self._recover_between(Death(why="it sent something between turns"))
@@ -459,6 +519,8 @@ class FramedSession:
             if self._setting_up:
                 raise
             self._lose()
+        if self._closed:  # by another thread, or because it could not be rebuilt
+            self._check_open()
         self._drop_stray_output()
 
     def _spoke_between_turns(self) -> bool:
@@ -488,8 +550,9 @@ class FramedSession:
         had_standby, self._has_standby = self._has_standby, False
         lost = tuple(self._known_names)
         try:
-            recovery = self._guest.recover(fresh=not had_standby)
-            self._greet()
+            # A standby that lacks what was set or bound since is not what the session was before this call.
+            recovery = self._guest.recover(fresh=not had_standby or self._stale)
+            self._greet(_STANDBY_HELLO_SECONDS if recovery.state == "restored" else _HELLO_SECONDS)
             death = recovery.death if recovery.death.status is not None else end.death
             if recovery.state == "restored":
                 self._protect()
@@ -497,7 +560,10 @@ class FramedSession:
             self._set_up_again()
         except GuestLost as exc:
             log.warning("a guest was lost: %s", exc)
-            self._rebuild()
+            try:
+                self._rebuild()
+            except SessionClosed:  # later calls say so; this one has its result
+                log.warning("the session could not be rebuilt", exc_info=True)
             return "lost", lost, end.death
         return "lost", lost, death
 
@@ -511,16 +577,22 @@ class FramedSession:
         """A whole new guest, set up. If that fails the session is over."""
         self._guest.close()
         try:
+            self._check_open()
             self._guest = self._start()
             self._greet()
             self._set_up_again()
         except Exception as exc:
-            self._closed = True
-            self._close_reason = "the session could not be rebuilt after a failure"
+            if not self._closed:
+                self._closed = True
+                self._close_reason = "the session could not be rebuilt after a failure"
             raise SessionClosed(f"{self._close_reason}; open a new one") from exc
 
     def _set_up_again(self) -> None:
-        """Setup and bindings in a fresh guest. Raises `GuestLost` if the guest does not live through it."""
+        """Setup and bindings in a fresh guest.
+
+        Raises:
+            GuestLost: the guest does not live through it, or setup fails this time (it may meet files an earlier cell left).
+        """
         self._known_names = []
         self._handles = HandleTable()
         self._protected = self._protecting = self._has_standby = False
@@ -530,5 +602,7 @@ class FramedSession:
             self._configure()
             for name, binding in self._bindings.items():
                 self._bind(name, binding)
+        except SandboxError as exc:
+            raise GuestLost(f"setting up a fresh guest failed ({exc})") from exc
         finally:
             self._setting_up = False

@@ -28,9 +28,9 @@ class Death:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Something the supervisor said unasked or in answer to a ticket."""
+    """What the supervisor said unasked (``died``, ``standby_died``) or in answer to a ticket (``protected``, ``unprotected``)."""
 
-    kind: Literal["died", "protected", "unprotected"]
+    kind: Literal["died", "standby_died", "protected", "unprotected"]
     death: Death = Death()
 
 

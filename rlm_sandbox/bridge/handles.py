@@ -196,7 +196,11 @@ class HandleTable:
         else:
             if method not in bound.methods:
                 raise CallRefused(f"{bound.name} has no such method")
-            function = getattr(bound.target, method, None)
+            try:
+                function = getattr(bound.target, method, None)
+            except Exception as exc:
+                log.info("%s.%s cannot be read", bound.name, method, exc_info=exc)
+                function = None
             if not callable(function):  # it was there when the object was exposed
                 raise CallRefused(f"{bound.name} has no such method")
             name, is_async = f"{bound.name}.{method}", _is_async(function)
@@ -224,7 +228,8 @@ def failure(call: HostCall, exc: BaseException) -> CallFailed:
             text = str(exc)
         except Exception:  # noqa: BLE001 - a broken __str__ of the host's own class must not take the session down
             text = ""
-        return CallFailed(type(exc).__name__, text[:MAX_MESSAGE_CHARS])
+        # It may quote the guest's own lone surrogates, which a header cannot carry.
+        return CallFailed(type(exc).__name__, text[:MAX_MESSAGE_CHARS].encode("utf-8", "backslashreplace").decode())
     return CallFailed(HOST_CALL_ERROR, f"{call.name} failed")
 
 

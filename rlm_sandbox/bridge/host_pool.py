@@ -52,7 +52,20 @@ class HostPool:
                 self._work.notify()
                 return
             self._threads += 1
-        threading.Thread(target=self._run, name="rlm-sandbox-host-call", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="rlm-sandbox-host-call", daemon=True).start()
+        except RuntimeError as exc:  # the process has no threads left; a call that waits for one that runs is no error
+            with self._lock:
+                self._threads -= 1
+                if self._threads or not self._queue:
+                    return
+                self._queue.pop()
+            on_done(failure(call, exc))
+
+    def drop_queued(self) -> None:
+        """Forget the calls that no thread has begun: their cell has ended, and what they would cost is wasted."""
+        with self._lock:
+            self._queue.clear()
 
     def close(self) -> None:
         """Let idle threads end and start nothing more. Running functions are left to themselves."""

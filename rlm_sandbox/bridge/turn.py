@@ -12,6 +12,7 @@ import math
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any, Final, Literal
 
 from ..limits import Limits
 from ..results import LimitHit
-from ..wire.codec import Attachment, Decoder, Encoder, ValueRefused, WireError
+from ..wire.codec import MAX_ELEMENTS, Attachment, Decoder, Encoder, ValueRefused, WireError
 from ..wire.frames import FrameReader, FrameTooLarge, dump_frame
 from ..wire.messages import (
     FRAME_OVERHEAD,
@@ -39,28 +40,43 @@ from .handles import HOST_CALL_ERROR, CallFailed, CallRefused, HandleTable, Host
 from .host_pool import HostPool
 from .watchdog import Watchdog
 
-__all__ = ("Turn", "TurnEnd", "WakePipe")
+__all__ = ("Turn", "TurnEnd", "WakePipe", "shown")
 
 _CHUNK: Final = 1 << 18
 #: While guest threads may still have calls to add, the turn goes back to them after this long, then at doubled intervals.
 _JOIN_FIRST_SECONDS: Final = 0.001
 _JOIN_LAST_SECONDS: Final = 0.02
 _NO_CAP: Final = 1 << 40
+#: Reads between two looks at the deadlines, so that a guest that never stops sending cannot keep the loop from them.
+_READS: Final = 16
+#: The poll call takes milliseconds as a C int.
+_LONGEST_WAIT_SECONDS: Final = 3_600.0
+#: What an element of a decoded value may cost the host, beside its bytes in the frame.
+_ELEMENT_BYTES: Final = 100
+
+
+def shown(text: str, limit: int) -> str:
+    """The guest's own words for a person to read: cut, and valid Unicode, so that whoever writes them out does not fail."""
+    return text[:limit].encode("utf-8", "backslashreplace").decode()
 
 
 class WakePipe:
     """Wakes a session's poll loop from other threads. Writing never blocks."""
 
     def __init__(self) -> None:
+        # A late answer may come while the session is closed: without the lock its byte could go to whoever got the number next.
+        # Reentrant, because a signal handler that interrupts a session may come in the middle of it.
+        self._lock = threading.RLock()
+        self._closed = False
         self.read_fd, self._write_fd = os.pipe()
         os.set_blocking(self.read_fd, False)
         os.set_blocking(self._write_fd, False)
 
     def wake(self) -> None:
         """Make the poll loop look at its queues."""
-        # Full: a wake-up is already there. Closed: nobody waits.
-        with contextlib.suppress(OSError):
-            os.write(self._write_fd, b"\0")
+        with self._lock, contextlib.suppress(BlockingIOError):  # full: a wake-up is already there
+            if not self._closed:
+                os.write(self._write_fd, b"\0")
 
     def drain(self) -> None:
         """Take the wake-ups that are there."""
@@ -71,9 +87,12 @@ class WakePipe:
             pass
 
     def close(self) -> None:
-        """Free both ends."""
-        os.close(self.read_fd)
-        os.close(self._write_fd)
+        """Free both ends. Idempotent; a later `wake` does nothing."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self.read_fd)
+                os.close(self._write_fd)
 
 
 @dataclass(slots=True)
@@ -122,6 +141,9 @@ class Turn:
         self._outbox: collections.deque[memoryview] = collections.deque()
         self._outbox_fds: tuple[int, ...] = ()
         self._outstanding: dict[int, HostCall] = {}
+        self._weights: dict[int, int] = {}
+        self._weight = 0
+        self._ended_outputs: set[int] = set()
         self._answers: collections.deque[tuple[int, Outcome]] = collections.deque()
         self._last_call = 0
         self._join_at: float | None = None
@@ -137,11 +159,17 @@ class Turn:
 
         Raises:
             FrameTooLarge: the request itself is too large; nothing was sent.
-            GuestLost: the guest is gone for good.
         """
         buffers = dump_frame(dump_message(message), list(attachments), max_bytes=_NO_CAP)
+        try:
+            return self._finish(self._run(buffers, fds))
+        finally:
+            self._closed = True  # answers that come from now on are refused
+            self._pool.drop_queued()  # and calls that have not begun never do: nobody waits for them
+
+    def _run(self, buffers: list[bytes], fds: tuple[int, ...]) -> TurnEnd:
         if self._peek():
-            return self._finish(TurnEnd("violation", detail="it sent something between turns"))
+            return TurnEnd("violation", detail="it sent something between turns")
         self._outbox_fds = fds
         self._queue(buffers)
         self._guest.wake()
@@ -153,7 +181,9 @@ class Turn:
                 self._host_interrupted = True
             except WireError as exc:
                 end = TurnEnd("violation", detail=str(exc))
-        return self._finish(end)
+            except GuestLost as exc:
+                end = TurnEnd("died", detail=str(exc))
+        return end
 
     def expect_hello(self, seconds: float) -> None:
         """Wait for the greeting of a new worker on a new channel. Raises `GuestLost` if it does not come."""
@@ -178,7 +208,6 @@ class Turn:
 
     def _finish(self, end: TurnEnd) -> TurnEnd:
         now = time.monotonic()
-        self._closed = True  # answers that come from now on are refused
         end.hit = self._watchdog.hit
         end.interrupted = self._interrupt_seen
         end.host_interrupted = self._host_interrupted
@@ -204,13 +233,14 @@ class Turn:
         poll.register(self._wake.read_fd, select.POLLIN)
         poll.register(self._guest.control_fd, select.POLLIN)
         for fd in self._guest.outputs:
-            poll.register(fd, select.POLLIN)
+            if fd not in self._ended_outputs:
+                poll.register(fd, select.POLLIN)
         data_fd = self._guest.data.fileno()
         poll.register(data_fd, select.POLLIN | (select.POLLOUT if self._outbox else 0))
         wait = self._watchdog.wait_seconds(now)
         if self._join_at is not None and not self._guest_holds_turn:
             wait = max(0.0, self._join_at - now) if wait is None else min(wait, max(0.0, self._join_at - now))
-        events = dict(poll.poll(None if wait is None else math.ceil(wait * 1000)))
+        events = dict(poll.poll(None if wait is None else math.ceil(min(wait, _LONGEST_WAIT_SECONDS) * 1000)))
         return self._react(events, data_fd)
 
     def _react(self, events: dict[int, int], data_fd: int) -> TurnEnd | None:
@@ -231,10 +261,14 @@ class Turn:
                         return self._await_death()
                 if frame is not None:
                     return self._on_frame(*frame)
+                if self._reader.mid_frame and not self._guest_holds_turn:
+                    raise WireError("it sent something out of turn")
         if self._guest.control_fd in events:
             report = self._guest.report()
             if report is not None and report.kind == "died":
                 return TurnEnd("died", death=report.death, detail=report.death.why)
+            if report is not None and report.kind != "standby_died":
+                raise GuestLost("the supervisor reported what nobody asked for")
         return None
 
     def _await_death(self) -> TurnEnd:
@@ -250,6 +284,8 @@ class Turn:
     def _on_frame(self, header: Any, attachments: list[Attachment]) -> TurnEnd | None:
         if not self._guest_holds_turn:
             raise WireError("it sent something out of turn")
+        if self._outbox:
+            raise WireError("it answered before it had read what it was sent")
         message = load_message(header, (Done, Suspend))
         now = time.monotonic()
         if isinstance(message, Suspend):
@@ -272,7 +308,7 @@ class Turn:
             "done",
             value=value,
             read=read or {},
-            failure=None if failure is None else (failure[0][:200], failure[1][:5_000], failure[2][:20_000]),
+            failure=None if failure is None else (shown(failure[0], 200), shown(failure[1], 5_000), shown(failure[2], 20_000)),
             unknown=message.unknown,
             names=message.names,
         )
@@ -291,7 +327,10 @@ class Turn:
     def _forget(self) -> None:
         """Give the turn back without answers; what the host functions still return is refused."""
         self._outstanding.clear()
+        self._weights.clear()
+        self._weight = 0
         self._answers.clear()
+        self._pool.drop_queued()
         self._queue(dump_frame(dump_message(Forget("the cell was interrupted")), [], max_bytes=_NO_CAP))
 
     # ---- host calls
@@ -303,19 +342,13 @@ class Turn:
         if not message.calls and not self._outstanding and not self._watchdog.ending:
             raise WireError("it waits for answers to no call")
         decoder = Decoder(attachments)
-        for fields in message.calls:
-            if (
-                len(fields) != 5
-                or type(fields[0]) is not int
-                or type(fields[1]) is not int
-                or type(fields[2]) not in (str, type(None))
-            ):
-                raise WireError("a host call is malformed")
-            number, handle, method = fields[:3]
-            if number <= self._last_call:
-                raise WireError("a host call's number was used before")
-            self._last_call = number
-            self._start_call(number, handle, method, decoder.decode(fields[3]), decoder.decode(fields[4]))
+        calls = [self._checked_call(fields, decoder) for fields in message.calls]
+        # Weighed before any is started: calls that wait hold their arguments, and a guest can add to them for ever.
+        weight = self._reader.frame_bytes + _ELEMENT_BYTES * decoder.elements
+        allowed = None if self._limits.value_bytes is None else self._max_frame + _ELEMENT_BYTES * MAX_ELEMENTS
+        too_much = allowed is not None and self._weight + weight > allowed
+        for number, handle, method, args, kwargs in calls:
+            self._start_call(number, handle, method, args, kwargs, weight // len(calls), too_much)
         self._join_at = None
         if message.more:
             self._join_interval = _JOIN_FIRST_SECONDS if message.calls else min(2 * self._join_interval, _JOIN_LAST_SECONDS)
@@ -323,7 +356,18 @@ class Turn:
         if self._watchdog.ending:
             self._forget()
 
-    def _start_call(self, number: int, handle: int, method: str | None, args: Any, kwargs: Any) -> None:
+    def _checked_call(self, fields: list[Any], decoder: Decoder) -> tuple[int, int, str | None, Any, Any]:
+        if len(fields) != 5 or type(fields[0]) is not int or type(fields[1]) is not int or type(fields[2]) not in (str, type(None)):
+            raise WireError("a host call is malformed")
+        number, handle, method = fields[:3]
+        if number <= self._last_call:
+            raise WireError("a host call's number was used before")
+        self._last_call = number
+        return number, handle, method, decoder.decode(fields[3]), decoder.decode(fields[4])
+
+    def _start_call(
+        self, number: int, handle: int, method: str | None, args: Any, kwargs: Any, weight: int, too_much: bool
+    ) -> None:
         self._host_calls += 1
         allowed = self._limits.host_calls
         if allowed is not None and self._host_calls > allowed and not self._watchdog.ending:
@@ -332,11 +376,15 @@ class Turn:
         if self._watchdog.ending:
             return
         try:
+            if too_much:
+                raise CallRefused("the arguments of all calls under way are too large together; make fewer at once")
             call = self._handles.resolve(handle, method, args, kwargs)
         except CallRefused as exc:
             self._answers.append((number, CallFailed(HOST_CALL_ERROR, str(exc))))
             return
         self._outstanding[number] = call
+        self._weights[number] = weight
+        self._weight += weight
         if call.inline:
             self._answers.append((number, run_call(call)))
         else:
@@ -357,17 +405,20 @@ class Turn:
         while self._answers:
             number, outcome = self._answers.popleft()
             call = self._outstanding.pop(number, None)
+            self._weight -= self._weights.pop(number, 0)
             if isinstance(outcome, CallFailed):
                 answers.append([number, None, [outcome.type_name, outcome.message]])
                 continue
             mark, kept = self._handles.mark(), len(encoder.attachments)
+            encoder.allow(self._limits.value_bytes)
             try:
                 answers.append([number, encoder.encode(outcome.value), None])
-            except ValueRefused as exc:
+            except Exception as exc:  # noqa: BLE001 - foreign classes, and dicts that other threads change, raise what they like
                 self._handles.drop_since(mark)
                 del encoder.attachments[kept:]
                 name = call.name if call is not None else "the host function"
-                answers.append([number, None, [HOST_CALL_ERROR, f"{name} returned a value that cannot be sent: {exc}"]])
+                why = f": {exc}" if isinstance(exc, ValueRefused) else ""
+                answers.append([number, None, [HOST_CALL_ERROR, f"{name} returned a value that cannot be sent{why}"]])
         try:
             self._queue(dump_frame(dump_message(Resume(answers)), encoder.attachments, max_bytes=_NO_CAP))
         except FrameTooLarge:
@@ -403,7 +454,7 @@ class Turn:
 
     def _read_frame(self) -> tuple[Any, list[Attachment]] | None:
         """One frame if it is there. Raises EOFError at the end of the stream, WireError for a breach."""
-        while True:
+        for _ in range(_READS):
             try:
                 data = self._guest.data.recv(_CHUNK)
             except BlockingIOError:
@@ -422,7 +473,8 @@ class Turn:
                         raise WireError("it sent more after the end of its turn")
                     return frame
             if len(data) < _CHUNK:
-                return None
+                break
+        return None
 
     def _peek(self) -> bool:
         """Whether the guest sent something before it was asked."""
@@ -441,11 +493,13 @@ class Turn:
             return
         if data:
             self._capture.add(self._guest.outputs[fd], data)
+        else:  # no one can write to it any more: it would be ready for ever
+            self._ended_outputs.add(fd)
 
     def drain_output(self) -> None:
         """What is in the pipes now belongs to this turn: the guest wrote it before the turn ended."""
         for fd, stream in self._guest.outputs.items():
-            for _ in range(16):  # a pipe holds 64 KiB; more means that somebody still writes
+            for _ in range(_READS):  # a pipe holds 64 KiB; more means that somebody still writes
                 try:
                     data = os.read(fd, _CHUNK)
                 except (BlockingIOError, OSError):

@@ -161,9 +161,10 @@ class Encoder:
         if type(value) is str:
             return self._text(value)
         self._in_key += 1
-        tree = self.encode(value, depth)
-        self._in_key -= 1
-        return tree
+        try:
+            return self.encode(value, depth)
+        finally:
+            self._in_key -= 1
 
     def _check_hashes(self, keys: Any) -> None:
         """What `Decoder` refuses for its own protection is refused here first, so that no honest sender is killed for it."""
@@ -293,6 +294,11 @@ class Decoder:
         self._used: set[int] = set()
         self._left = MAX_ELEMENTS
         self._unseeded_left = MAX_UNSEEDED_KEYS
+
+    @property
+    def elements(self) -> int:
+        """How many elements the values decoded so far have."""
+        return MAX_ELEMENTS - self._left
 
     def decode(self, tree: Any, depth: int = 0) -> Any:
         """The value of a JSON tree made by `Encoder.encode`.

@@ -87,6 +87,11 @@ class FrameReader:
         """True if a frame has begun and not ended."""
         return self._stage > 0 or bool(self._buffer)
 
+    @property
+    def frame_bytes(self) -> int:
+        """The size of the frame that was read last, without its prefix and table."""
+        return self._head_length + sum(length for _, length in self._entries)
+
     def feed(self, data: bytes | memoryview) -> tuple[Any, list[Attachment]] | None:
         """Take bytes; return ``(header, attachments)`` when they complete a frame.
 

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ...bridge.guest import Death, GuestLost, Recovery, Report
 from ...errors import BackendUnavailable
@@ -33,7 +33,9 @@ def _host_pid(pidfd: int) -> int:
     """The pid, in the host's namespace, of the process behind a pidfd."""
     for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
         if line.startswith("Pid:"):
-            return int(line.split()[1])
+            pid = int(line.split()[1])
+            if pid > 0:  # else it is gone, or in another namespace, and the kernel would take the number for ourselves
+                return pid
     raise GuestLost("a pidfd has no pid")
 
 
@@ -48,10 +50,8 @@ class JailGuest:
         self._generation = 1
         self._supervisor = self._worker = -1
         self._worker_pid = 0
-        self.data, data_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._control, control_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        out_read, out_write = os.pipe()
-        err_read, err_write = os.pipe()
+        sockets, (out_read, out_write, err_read, err_write) = _channels()
+        self.data, data_theirs, self._control, control_theirs = sockets
         self.outputs: Mapping[int, Stream] = {out_read: "stdout", err_read: "stderr"}
         try:
             settings = {
@@ -116,7 +116,7 @@ class JailGuest:
 
     def report(self) -> Report | None:
         """See `Guest.report`."""
-        if not select.select([self._control], [], [], 0)[0]:
+        if not _is_readable(self._control.fileno(), 0):
             return None
         message, fds = self._receive(1.0)
         for fd in fds:
@@ -128,8 +128,10 @@ class JailGuest:
             return Report("died", _death(message))
         if message["op"] == "protected":
             return Report("protected")
-        if message["op"] in ("unprotected", "standby_died"):
+        if message["op"] == "unprotected":
             return Report("unprotected")
+        if message["op"] == "standby_died":
+            return Report("standby_died")
         return None
 
     def request_protection(self) -> None:
@@ -139,18 +141,15 @@ class JailGuest:
     def recover(self, *, fresh: bool) -> Recovery:
         """See `Guest.recover`."""
         self._generation += 1
-        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as exc:
+            raise GuestLost(f"there is no channel for a new worker ({exc.strerror})") from exc
         mine.setblocking(False)
         try:
             op = "fresh" if fresh else "recover"
             self._order({"op": op, "generation": self._generation}, (theirs.fileno(),))
-            until = time.monotonic() + _RECOVER_SECONDS
-            while True:
-                message, fds = self._receive(max(0.01, until - time.monotonic()))
-                if message["op"] == "recovered" and len(fds) == 1:
-                    break
-                for fd in fds:  # reports that crossed the order: of the worker that is gone now
-                    os.close(fd)
+            message, fds = self._answer("recovered", 1, _RECOVER_SECONDS)
         except BaseException:
             mine.close()
             raise
@@ -159,7 +158,20 @@ class JailGuest:
         self.data.close()
         self.data = mine
         self._take_worker(fds[0])
-        return Recovery("restored" if message["state"] == "restored" else "fresh", _death(message))
+        return Recovery("restored" if message.get("state") == "restored" else "fresh", _death(message))
+
+    def _answer(self, op: str, count: int, seconds: float) -> tuple[control.Message, list[int]]:
+        """The supervisor's answer to an order, with ``count`` descriptors. Reports that crossed the order are dropped."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            message, fds = self._receive(left)
+            if message["op"] == op and len(fds) == count:
+                return message, fds
+            for fd in fds:
+                os.close(fd)
+            if message["op"] == "died" and op != "recovered":
+                raise GuestLost("the worker died")
+        raise GuestLost("the supervisor did not answer in time")
 
     # ---- signals and measurements
 
@@ -212,14 +224,7 @@ class JailGuest:
     def grow_address_space(self, size: int) -> None:
         """See `Guest.grow_address_space`. The supervisor moves the soft limit: a worker may not set limits."""
         self._order({"op": "grow", "bytes": size})
-        while True:
-            message, fds = self._receive(_START_SECONDS)
-            for fd in fds:
-                os.close(fd)
-            if message["op"] == "grown":
-                return
-            if message["op"] == "died":
-                raise GuestLost("the worker died")
+        self._answer("grown", 0, _START_SECONDS)
 
     # ---- the end
 
@@ -232,7 +237,7 @@ class JailGuest:
         if self._supervisor >= 0 and self._owner == os.getpid():
             try:
                 signal.pidfd_send_signal(self._supervisor, signal.SIGKILL)
-                select.select([self._supervisor], [], [], 2.0)
+                _is_readable(self._supervisor, 2.0)
             except OSError:
                 pass
         self.data.close()
@@ -243,11 +248,38 @@ class JailGuest:
         self._supervisor = self._worker = -1
 
 
-def _death(message: dict[str, Any]) -> Death:
+def _channels() -> tuple[list[socket.socket], list[int]]:
+    """Both ends of the data and the control channel, and of two output pipes."""
+    sockets: list[socket.socket] = []
+    pipes: list[int] = []
+    try:
+        for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+            sockets += socket.socketpair(socket.AF_UNIX, kind)
+        for _ in range(2):
+            pipes += os.pipe()
+    except OSError as exc:
+        for sock in sockets:
+            sock.close()
+        for fd in pipes:
+            os.close(fd)
+        raise BackendUnavailable(
+            "jail", f"this process cannot open a channel ({exc.strerror})", "close sessions, or raise the limit: ulimit -n"
+        ) from exc
+    return sockets, pipes
+
+
+def _is_readable(fd: int, seconds: float) -> bool:
+    """Not by select(), which fails on descriptors above 1023."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _death(message: control.Message) -> Death:
     status, cpu, peak = message.get("status"), message.get("cpu"), message.get("maxrss_kb")
     return Death(
-        status=status if isinstance(status, int) else None,
-        cpu_seconds=float(cpu) if isinstance(cpu, int | float) else None,
-        peak_memory_mb=peak / 1024 if isinstance(peak, int) else None,
+        status=status if type(status) is int and 0 <= status < 1 << 16 else None,
+        cpu_seconds=float(cpu) if isinstance(cpu, int | float) and 0 <= cpu < 1e9 else None,
+        peak_memory_mb=peak / 1024 if type(peak) is int and 0 <= peak < 1 << 50 else None,
         why=str(message.get("why", ""))[:200],
     )

@@ -133,7 +133,11 @@ class Zygote:
     def _last_words(self) -> str:
         """The last line the launcher wrote, for an error on the host."""
         pipe = self._process.stderr
-        if pipe is None or not select.select([pipe], [], [], 0.5)[0]:
+        if pipe is None:
+            return ""
+        poll = select.poll()  # select() fails on descriptors above 1023
+        poll.register(pipe, select.POLLIN)
+        if not poll.poll(500):
             return ""
         lines = os.read(pipe.fileno(), 16_384).decode("utf-8", "replace").strip().splitlines()
         return f" ({lines[-1][:300]})" if lines else ""
