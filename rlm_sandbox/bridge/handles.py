@@ -29,6 +29,9 @@ MAX_HANDLES: Final = 10_000
 HOST_CALL_ERROR: Final = "HostCallError"
 MAX_MESSAGE_CHARS: Final = 2_000
 
+#: Characters of pattern times characters of text in a case-insensitive search on the host: about three seconds at worst.
+_MAX_SEARCH_WORK: Final = 300_000_000
+
 _OPERATORS: Final[dict[str, tuple[int, Callable[..., Any]]]] = {
     "bool": (0, bool),
     "contains": (1, operator.contains),
@@ -204,6 +207,8 @@ class HandleTable:
             if not callable(function):  # it was there when the object was exposed
                 raise CallRefused(f"{bound.name} has no such method")
             name, is_async = f"{bound.name}.{method}", _is_async(function)
+            if isinstance(bound.target, Context):
+                _check_search(name, bound.target, method, args, kwargs)
         return HostCall(name, function, tuple(args), kwargs, bound.inline, is_async, bound.errors)
 
     def export(self, value: Any) -> HandleRef:
@@ -218,6 +223,18 @@ class HandleTable:
             except ValueError as exc:
                 raise ValueRefused(str(exc)) from None
         raise ValueRefused(f"a value of type {type(value).__name__} is not plain data")
+
+
+def _check_search(name: str, context: Context, method: str, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """A guest's regular expression never runs on the host: it would hold the interpreter's lock, and no limit could end it."""
+    if (method == "find" and kwargs.get("regex")) or (method == "page" and (len(args) > 1 or "marker_pattern" in kwargs)):
+        raise CallRefused(f"{name}: regular expressions do not run on the host; take the text with slice() and use re on it")
+    if method == "find" and not kwargs.get("case_sensitive", True):
+        pattern = args[0] if args else kwargs.get("pattern")
+        if type(pattern) is str and len(pattern) * len(context) > _MAX_SEARCH_WORK:
+            raise CallRefused(
+                f"{name}: the pattern is too long for a search without case; take the text with slice() and lower() both"
+            )
 
 
 def failure(call: HostCall, exc: BaseException) -> CallFailed:

@@ -143,14 +143,24 @@ class HostCalls:
     def _exchange(self, batch: list[_Call]) -> None:
         """One suspension and the host's resume."""
         encoder = Encoder()
-        calls = []
-        for item in batch:
+        calls: list[list[Any]] = []
+        for index, item in enumerate(batch):
             handle, method, args, kwargs = item.request
             encoder.allow(self.value_bytes)
+            kept = len(encoder.attachments)
             try:
-                calls.append([item.number, handle, method, encoder.encode(list(args)), encoder.encode(kwargs)])
+                call = [item.number, handle, method, encoder.encode(list(args)), encoder.encode(kwargs)]
             except ValueRefused as exc:
+                del encoder.attachments[kept:]
                 self._refuse(item, f"arguments of a host call must be plain data: {exc}")
+                continue
+            if calls and self.value_bytes is not None and sum(map(len, encoder.attachments)) > self.value_bytes:
+                # Each is small enough, together they are not: the rest goes with a later suspension.
+                del encoder.attachments[kept:]
+                self._postpone(batch[index:])
+                batch = batch[:index]
+                break
+            calls.append(call)
         if not calls and not self._outstanding:
             return
         try:
@@ -176,6 +186,12 @@ class HostCalls:
                     item.answer = self._make_value(decoder.decode(value))
                 else:
                     item.error = _exception(*error)
+
+    def _postpone(self, items: list[_Call]) -> None:
+        with self._changed:
+            self._queue[:0] = items
+            for item in items:
+                self._outstanding.pop(item.number, None)
 
     def _refuse(self, item: _Call, why: str) -> None:
         with self._changed:
