@@ -215,7 +215,7 @@ class ConsoleListener:
     def _model_replied(self, event: ModelReplied) -> None:
         self._wait_for(None)
         tokens = f"{event.input_tokens:,} tokens in, {event.output_tokens:,} out"
-        self._line(f"model replied in {event.seconds:.1f} s ({tokens})", "dim")
+        self._line(f"model replied in {event.seconds:.1f} s ({tokens}){_after(event.retries)}", "dim")
         prose = parse_reply(event.text).prose
         if prose:
             self._line(_cut(inert(prose), MAX_PROSE_CHARS), "italic")
@@ -305,9 +305,10 @@ class ConsoleListener:
             return
         self._wait_for(None)
         if event.error is None:
-            self._line(f"llm_query answered in {event.seconds:.1f} s: {one_line(event.response, 100)}", "magenta")
+            retried = _after(event.retries)
+            self._line(f"llm_query answered in {event.seconds:.1f} s{retried}: {one_line(event.response, 100)}", "magenta")
         else:
-            self._line(f"llm_query failed: {one_line(event.error, 300)}", "yellow")
+            self._line(f"llm_query failed: {one_line(event.error, 300)}{_after(event.retries)}", "yellow")
 
     def _run_finished(self, event: RunFinished) -> None:
         self.close()
@@ -320,12 +321,21 @@ class ConsoleListener:
             self._line(f"{title}: {inert(event.answer)}")
         if event.stop_reason != "final":
             # Where an exception ended the run, whoever catches it says what it was.
-            why = f": {one_line(event.error, 500)}" if event.error and event.stop_reason == "session_closed" else ""
+            why = (
+                f": {one_line(event.error, 500)}" if event.error and event.stop_reason in ("session_closed", "max_seconds") else ""
+            )
             self._line(f"stopped: {_STOPS[event.stop_reason]}{why}", "yellow")
         tokens = f"{event.input_tokens:,} tokens in, {event.output_tokens:,} out"
         self._line(
             f"{event.steps} steps, {event.cells} cells, {event.subcalls:,} sub-calls, {tokens}, {event.seconds:.1f} s", "dim"
         )
+
+
+def _after(retries: tuple[str, ...]) -> str:
+    if not retries:
+        return ""
+    times = "1 retry" if len(retries) == 1 else f"{len(retries):,} retries"
+    return f", after {times} ({one_line(', '.join(dict.fromkeys(retries)), 100)})"
 
 
 def _cut(text: str, limit: int) -> str:

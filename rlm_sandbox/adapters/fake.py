@@ -92,6 +92,7 @@ class FakeAdapter:
         model: str | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
+        seconds: float | None = None,
     ) -> Completion:
         """The reply of a rule or of the script.
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import os
+import weakref
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from ..orchestrator.llm import AdapterError, Completion, Message, TokenUsage, estimate_tokens
+from ..orchestrator.llm import AdapterError, AdapterErrorKind, Completion, Message, TokenUsage, estimate_tokens
+from .background import run_in_background, schedule
 
 __all__ = ("OpenAIAdapter",)
 
@@ -17,6 +22,12 @@ OFFICIAL_HOST: Final = "api.openai.com"
 #: Characters kept of what a server says about an error.
 MAX_DETAIL_CHARS: Final = 300
 
+#: What each attempt of the call under way came to. The SDK retries; this is how anyone hears of it.
+_attempts: Final[ContextVar[list[str]]] = ContextVar("attempts")
+_TIMEOUT: Final = "timeout"
+_REFUSED: Final = "no connection"
+_BROKEN: Final = "broken connection"
+
 
 class OpenAIAdapter:
     """A model behind an OpenAI-compatible endpoint. Usable from several threads.
@@ -25,8 +36,9 @@ class OpenAIAdapter:
         model: the model's name at the endpoint.
         base_url: the endpoint; default ``LLM_BASE_URL`` or ``OPENAI_BASE_URL``, else OpenAI's own.
         api_key: default ``LLM_API_KEY`` or ``OPENAI_API_KEY``. Stays in this process; no guest ever sees it.
-        timeout: seconds one attempt may take.
-        max_retries: further attempts after a refused connection, a timeout, a rate limit or a server error.
+        timeout: seconds one attempt may take, from connecting to the last byte of the answer.
+        max_retries: further attempts after a refused or broken connection, a timeout, a rate limit or a server error. The
+            SDK makes them; it waits as the server asks.
 
     Raises:
         AdapterError: there is no key, or ``base_url`` is not an http(s) address.
@@ -70,9 +82,14 @@ class OpenAIAdapter:
         self._timeout = timeout
         # OpenAI's newer models refuse max_tokens; many compatible servers know nothing else.
         self._cap_name = "max_completion_tokens" if self._where == OFFICIAL_HOST else "max_tokens"
-        self._client = openai.OpenAI(
-            api_key=key, base_url=url or f"https://{OFFICIAL_HOST}/v1", timeout=timeout, max_retries=max_retries
+        self._client = openai.AsyncOpenAI(
+            api_key=key,
+            base_url=url or f"https://{OFFICIAL_HOST}/v1",
+            timeout=timeout,
+            max_retries=max_retries,
+            http_client=_counting_client(openai, timeout),
         )
+        weakref.finalize(self, _close, self._client).atexit = False  # then the process's end closes its connections
 
     @property
     def model(self) -> str:
@@ -89,8 +106,9 @@ class OpenAIAdapter:
         model: str | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
+        seconds: float | None = None,
     ) -> Completion:
-        """Ask the endpoint.
+        """Ask the endpoint. Ctrl-C gives the call up and is raised.
 
         Raises:
             AdapterError: see its ``kind``.
@@ -101,16 +119,37 @@ class OpenAIAdapter:
             options[self._cap_name] = max_tokens
         if temperature is not None:
             options["temperature"] = temperature
-        try:
-            conversation: Any = [{"role": item["role"], "content": _encodable(item["content"])} for item in messages]
-            reply = self._client.chat.completions.create(model=asked, messages=conversation, **options)
-        except self._sdk.OpenAIError as exc:
-            raise self._explained(exc, asked) from None  # the SDK's exception holds the request, its headers and so the key
-        except ValueError as exc:
-            raise AdapterError("response", f"{self._where} did not answer with JSON; check the base URL") from exc
-        return self._completion(reply, messages)
+        conversation: Any = [{"role": item["role"], "content": _encodable(item["content"])} for item in messages]
+        attempts: list[str] = []
 
-    def _completion(self, reply: Any, messages: Sequence[Message]) -> Completion:
+        async def ask() -> Any:
+            _attempts.set(attempts)
+            async with asyncio.timeout(seconds):
+                return await self._client.chat.completions.create(model=asked, messages=conversation, **options)
+
+        try:
+            return self._completion(run_in_background(ask()), messages, tuple(attempts[:-1]))
+        except AdapterError as exc:
+            exc.retries = tuple(attempts[:-1])
+            raise
+        except TimeoutError:
+            # The attempt under way came to nothing, so all that are noted were before it.
+            retries = tuple(attempts)
+            what = f"{self._where} did not answer in the {seconds:g} s that were left{_after(retries)}"
+            raise AdapterError("timeout", f"{what}; allow the run more time", retries=retries) from None
+        except self._sdk.OpenAIError as exc:
+            retries = tuple(attempts[:-1])
+            kind, what, remedy = self._explained(exc, asked, attempts[-1] if attempts else "")
+            # Not chained: the SDK's exception holds the request, its headers and so the key.
+            raise AdapterError(kind, f"{what}{_after(retries)}; {remedy}", retries=retries) from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as exc:
+            # What the SDK raises over a body that is no JSON, or too deep, or of another shape.
+            raise AdapterError(
+                "response", f"{self._where} did not answer with chat completions ({type(exc).__name__}); check the base URL",
+                retries=tuple(attempts[:-1]),
+            ) from exc  # fmt: skip
+
+    def _completion(self, reply: Any, messages: Sequence[Message], retries: tuple[str, ...]) -> Completion:
         """The reply as the orchestrator knows it. A compatible server's reply may have any shape."""
         choices = getattr(reply, "choices", None)
         if not isinstance(choices, list) or not choices:
@@ -136,41 +175,82 @@ class OpenAIAdapter:
         else:
             sent = sum(estimate_tokens(item["content"]) for item in messages)
             tokens = TokenUsage(sent, estimate_tokens(text), estimated=True)
-        return Completion(text, tokens, reason if isinstance(reason, str) else None)
+        return Completion(text, tokens, reason if isinstance(reason, str) else None, retries)
 
-    def _explained(self, exc: Exception, model: str) -> AdapterError:
+    def _explained(self, exc: Exception, model: str, last: str) -> tuple[AdapterErrorKind, str, str]:
+        """The kind of error, what happened, and what to do. ``last``: what the last attempt came to."""
         sdk, where = self._sdk, self._where
         if isinstance(exc, sdk.APITimeoutError):
-            return AdapterError("timeout", f"{where} did not answer within {self._timeout:g} s; try again or raise the timeout")
+            return "timeout", f"{where} did not answer within {self._timeout:g} s", "try again or raise the timeout"
+        if isinstance(exc, sdk.APIConnectionError) and last == _BROKEN:
+            return "connection", f"the connection to {where} broke before the answer was whole", "try again later"
         if isinstance(exc, sdk.APIConnectionError):
-            return AdapterError("connection", f"cannot connect to {where}; check the base URL and that the server is running")
+            return "connection", f"cannot connect to {where}", "check the base URL and that the server is running"
         if isinstance(exc, sdk.AuthenticationError):
-            return AdapterError("auth", f"{where} refused the API key; check OPENAI_API_KEY or LLM_API_KEY")
+            return "auth", f"{where} refused the API key", "check OPENAI_API_KEY or LLM_API_KEY"
         if isinstance(exc, sdk.PermissionDeniedError):
-            return AdapterError("auth", f"{where} does not let this API key use {model!r}; use another model or key")
+            return "auth", f"{where} does not let this API key use {model!r}", "use another model or key"
         if isinstance(exc, sdk.NotFoundError):
-            return AdapterError(
-                "model", f"{where} has no model {model!r}, or nothing at this path; check the model's name and the base URL"
-            )
+            what = f"{where} has no model {model!r}, or nothing at this path"
+            return "model", what, "check the model's name and the base URL"
         if isinstance(exc, sdk.RateLimitError):
-            return AdapterError(
-                "rate_limit", f"{where} limits the rate or the quota is used up; wait, or lower max_concurrent_subcalls"
-            )
+            what = f"{where} limits the rate or the quota is used up"
+            return "rate_limit", what, "wait, or lower max_concurrent_subcalls"
         if isinstance(exc, sdk.InternalServerError):
-            return AdapterError("server", f"{where} failed with status {exc.status_code}; try again later")
+            return "server", f"{where} failed with status {exc.status_code}", "try again later"
         if isinstance(exc, sdk.APIStatusError):
-            detail = self._clean(_server_message(exc))
-            return AdapterError(
-                "request", f"{where} refused the request with status {exc.status_code}: {detail}; check the model and the limits"
-            )
+            what = f"{where} refused the request with status {exc.status_code}: {self._clean(_server_message(exc))}"
+            return "request", what, "check the model and the limits"
         if isinstance(exc, sdk.APIResponseValidationError):
-            return AdapterError("response", f"{where} answered in a form that is not chat completions; check the base URL")
-        return AdapterError("response", f"{where}: {type(exc).__name__}; try again")
+            return "response", f"{where} answered in a form that is not chat completions", "check the base URL"
+        return "response", f"{where}: {type(exc).__name__}", "try again"
 
     def _clean(self, text: str) -> str:
         """A server's words, fit to print: one line, short, printable, without the key."""
         shown = "".join(char if char.isprintable() else " " for char in text.replace(self._key, "***")[:MAX_DETAIL_CHARS])
         return " ".join(shown.split()).rstrip(".")
+
+
+def _counting_client(sdk: Any, timeout: float) -> Any:
+    """The SDK's own HTTP client, with a limit on each attempt as a whole and a note of what each came to.
+
+    The client's own time-outs stay in force; they are for one read each.
+    """
+    # httpx; in later SDKs its successor: whichever the SDK's client comes from has the errors that the SDK retries on.
+    base = next(cls for cls in sdk.DefaultAsyncHttpxClient.__mro__ if cls.__name__ == "AsyncClient")
+    transport: Any = importlib.import_module(base.__module__.partition(".")[0])
+
+    class Client(sdk.DefaultAsyncHttpxClient):  # type: ignore[misc]
+        async def send(self, request: Any, **options: Any) -> Any:
+            noted = _attempts.get([])
+            try:
+                async with asyncio.timeout(timeout):
+                    response = await super().send(request, **options)
+            except (TimeoutError, transport.TimeoutException) as exc:
+                noted.append(_TIMEOUT)
+                raise transport.ReadTimeout("the attempt took too long", request=request) from exc
+            except transport.ConnectError:
+                noted.append(_REFUSED)
+                raise
+            except transport.RequestError:
+                noted.append(_BROKEN)
+                raise
+            noted.append(f"status {response.status_code}")
+            return response
+
+    return Client()
+
+
+def _close(client: Any) -> None:
+    schedule(client.close())
+
+
+def _after(retries: Sequence[str]) -> str:
+    """How many attempts were made before and what they came to, for a sentence."""
+    if not retries:
+        return ""
+    times = "1 retry" if len(retries) == 1 else f"{len(retries)} retries"
+    return f" after {times} ({', '.join(dict.fromkeys(retries))})"
 
 
 def _host(url: str) -> str:

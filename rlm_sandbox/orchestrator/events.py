@@ -86,7 +86,7 @@ class StepStarted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReplied(Event):
-    """The root model's reply. ``seconds`` is how long it took."""
+    """The root model's reply. ``seconds`` is how long it took, with the ``retries``: what each earlier attempt came to."""
 
     kind: ClassVar[str] = "model_replied"
     step: int
@@ -95,6 +95,7 @@ class ModelReplied(Event):
     output_tokens: int
     seconds: float
     finish_reason: str | None
+    retries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +187,10 @@ class SubcallStarted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubcallFinished(Event):
-    """A sub-call came back, or failed: then ``error`` says why and ``response`` is empty."""
+    """A sub-call came back, or failed: then ``error`` says why and ``response`` is empty.
+
+    ``retries``: what each attempt before the last came to.
+    """
 
     kind: ClassVar[str] = "subcall_finished"
     step: int
@@ -201,6 +205,7 @@ class SubcallFinished(Event):
     input_tokens: int
     output_tokens: int
     seconds: float
+    retries: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypedDict
 
 from ..errors import SandboxError
+
+if TYPE_CHECKING:
+    from .trace import Trace
 
 __all__ = ("AdapterError", "AdapterErrorKind", "Completion", "LLMAdapter", "Message", "TokenUsage", "estimate_tokens")
 
@@ -21,12 +24,15 @@ class AdapterError(SandboxError):
     """A model could not be asked, or did not answer. One sentence and a remedy, and never a key.
 
     The session is usable. ``kind`` says whether a retry is sensible: ``connection``, ``timeout``, ``rate_limit`` and
-    ``server`` later; the others only after a change.
+    ``server`` later; the others only after a change. ``retries`` has what each attempt before the last one came to.
+    ``trace`` is set when it ended a run: the steps made until then.
     """
 
-    def __init__(self, kind: AdapterErrorKind, message: str) -> None:
+    def __init__(self, kind: AdapterErrorKind, message: str, *, retries: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.kind: AdapterErrorKind = kind
+        self.retries = retries
+        self.trace: Trace | None = None
 
 
 class Message(TypedDict):
@@ -58,11 +64,15 @@ class TokenUsage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A model's reply. ``finish_reason`` is the provider's word (``stop``, ``length``, ...) or None."""
+    """A model's reply. ``finish_reason`` is the provider's word (``stop``, ``length``, ...) or None.
+
+    ``retries``: what each attempt before the successful one came to, such as ``status 429``; empty if it was the first.
+    """
 
     text: str
     usage: TokenUsage = TokenUsage()
     finish_reason: str | None = None
+    retries: tuple[str, ...] = ()
 
 
 class LLMAdapter(Protocol):
@@ -79,6 +89,7 @@ class LLMAdapter(Protocol):
         model: str | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
+        seconds: float | None = None,
     ) -> Completion:
         """Ask the model.
 
@@ -87,6 +98,8 @@ class LLMAdapter(Protocol):
             model: another model of the same provider; None for the adapter's own.
             max_tokens: cap of the reply; None for the provider's default.
             temperature: None for the provider's default.
+            seconds: give up after that long, retries and all; None for the adapter's own limits. An adapter that cannot
+                is left behind: its caller does not wait longer.
 
         Raises:
             AdapterError: it could not be asked, or did not answer.

@@ -11,7 +11,7 @@ from ..options import BackendOptions
 from ..protocol import Grade, REPLProtocol
 from ..registry import open_repl
 from .events import EventStream, Listener
-from .llm import LLMAdapter
+from .llm import AdapterError, LLMAdapter
 from .policy import Policy
 from .run import Run, RunConfig, prelude_source
 from .trace import Trace
@@ -95,7 +95,7 @@ class RLM:
 
         Raises:
             BackendUnavailable, UnsupportedLimit: there is no session; see `open_repl`.
-            AdapterError: the root model could not be asked.
+            AdapterError: the root model could not be asked; its ``trace`` has the steps made until then.
             TypeError, ValueError: an argument is wrong.
             KeyboardInterrupt: Ctrl-C; the session is closed, and listeners have the end of the run.
         """
@@ -109,7 +109,11 @@ class RLM:
             raise TypeError(f"context must be a Context or a str, not {type(context).__name__}; see Context.from_documents")
         trace = Trace()
         # The trace comes first: a listener that takes the process down leaves it complete.
-        answer = Run(self._config, query, context, EventStream((trace, *self._listeners))).go()
+        try:
+            answer = Run(self._config, query, context, EventStream((trace, *self._listeners))).go()
+        except AdapterError as exc:
+            exc.trace = trace
+            raise
         return answer, trace
 
     def _open_session(self) -> REPLProtocol:

@@ -43,6 +43,8 @@ ANSWER_NAME: Final = "rlm_answer"
 #: Names of the REPL that are no answer when a model writes ``FINAL: P``.
 _OWN_NAMES: Final = frozenset({"ctx", "P", "llm_query", "llm_batch", "peek", "tail", "lenP", "SHOW_VARS", "FINAL", "FINAL_VAR"})
 _MISSING: Final = object()
+#: How long an adapter may take to notice that its time is over.
+_GIVE_UP_SECONDS: Final = 0.1
 
 
 def prelude_source() -> str:
@@ -65,10 +67,11 @@ class RunConfig:
 class _Stop(Exception):
     """The run is over. Not an error: how deeper parts of the loop say so."""
 
-    def __init__(self, reason: StopReason, answer: str = "") -> None:
+    def __init__(self, reason: StopReason, answer: str = "", error: str | None = None) -> None:
         super().__init__(reason)
         self.reason: StopReason = reason
         self.answer = answer
+        self.error = error
 
 
 class _Rejected(Exception):
@@ -105,8 +108,8 @@ class Run:
         with self._config.open_session() as repl:
             try:
                 self._start(repl)
-                reason, answer = self._concluded(repl)
-                self._finish(reason, answer)
+                reason, answer, error = self._concluded(repl)
+                self._finish(reason, answer, error)
             except SessionClosed as exc:
                 answer = self._best
                 self._finish("session_closed", answer, str(exc))
@@ -121,11 +124,12 @@ class Run:
                 raise
         return answer
 
-    def _concluded(self, repl: REPLProtocol) -> tuple[StopReason, str]:
+    def _concluded(self, repl: REPLProtocol) -> tuple[StopReason, str, str | None]:
         try:
             self._loop(repl)
         except _Stop as stop:
-            return stop.reason, stop.answer if stop.reason == "final" else self._best_answer(repl, stop.reason)
+            answer = stop.answer if stop.reason == "final" else self._best_answer(repl, stop.reason)
+            return stop.reason, answer, stop.error
 
     # ---- start and end
 
@@ -206,7 +210,7 @@ class Run:
             ModelReplied(
                 step=self._step, text=completion.text, input_tokens=completion.usage.input_tokens,
                 output_tokens=completion.usage.output_tokens, seconds=time.monotonic() - started,
-                finish_reason=completion.finish_reason,
+                finish_reason=completion.finish_reason, retries=completion.retries,
             )
         )  # fmt: skip
         return completion
@@ -216,9 +220,14 @@ class Run:
         seconds = self._ledger.seconds_left
 
         def ask() -> Any:
-            return adapter.complete(messages, max_tokens=max_tokens, temperature=temperature)
+            return adapter.complete(messages, max_tokens=max_tokens, temperature=temperature, seconds=seconds)
 
-        said = ask() if seconds is None else _within(seconds, ask)
+        try:
+            said = ask() if seconds is None else _within(seconds, ask)
+        except AdapterError as exc:
+            if exc.kind == "timeout" and self._ledger.seconds_left == 0:
+                raise _Stop("max_seconds", error=str(exc)) from exc
+            raise
         if not isinstance(said, Completion) or not isinstance(said.text, str):
             raise AdapterError("response", f"the adapter returned a {type(said).__name__} and not a Completion; repair the adapter")
         return said
@@ -258,7 +267,7 @@ class Run:
         limits = self._cell_limits(repl.limits)
         live = _LiveOutput(self._events, self._step, self._cell, limits.output_bytes)
         self._events.emit(CellStarted(step=self._step, cell=self._cell, code=block.code))
-        self._desk.begin_cell(self._step, self._cell)
+        self._desk.begin_cell(self._step, self._cell, limits.wall_seconds)
         started = time.monotonic()
         result: ExecResult | None = None
         try:
@@ -414,7 +423,10 @@ def _quietly(read: Callable[[], Any]) -> Any:
 
 
 def _within(seconds: float, ask: Callable[[], Any]) -> Any:
-    """What ``ask`` returns or raises, if it ends in time. If not, its thread is left to itself: nothing can end it."""
+    """What ``ask`` returns or raises, if it ends in time. If not, its thread is left to itself: nothing can end it.
+
+    An adapter that keeps to its ``seconds`` ends by itself at the same time, and says more.
+    """
     answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
     def work() -> None:
@@ -425,7 +437,7 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
 
     threading.Thread(target=work, name="rlm-sandbox-model", daemon=True).start()
     try:
-        returned, value = answers.get(timeout=seconds)
+        returned, value = answers.get(timeout=seconds + _GIVE_UP_SECONDS)
     except queue.Empty:
         raise _Stop("max_seconds") from None
     if not returned:

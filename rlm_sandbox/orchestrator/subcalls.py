@@ -12,7 +12,7 @@ from typing import Any, Final
 from ..errors import SandboxError
 from .events import BatchFinished, BatchStarted, EventStream, SubcallFinished, SubcallStarted, excerpt
 from .ledger import Ledger, Reservation
-from .llm import AdapterError, AdapterErrorKind, Completion, LLMAdapter, TokenUsage
+from .llm import AdapterError, AdapterErrorKind, Completion, LLMAdapter, Message, TokenUsage
 from .policy import Policy, PolicyExceeded
 
 __all__ = ("GUEST_ERRORS", "SubcallDesk", "SubcallFailed")
@@ -50,6 +50,8 @@ class _Cell:
 
     step: int
     number: int
+    ends: float | None
+    """When it is over at the latest, on the monotonic clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +66,11 @@ class _Subcall:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """A reply, or the reason there is none."""
+    """A reply, or the reason there is none. ``retries``: what each attempt before it came to."""
 
     text: str
     failed: bool = False
+    retries: tuple[str, ...] = ()
 
 
 _NOT_MADE: Final = _Answer("not made: the cell ended or the run's time is used up", failed=True)
@@ -98,10 +101,10 @@ class SubcallDesk:
         with self._lock:
             return self._subcalls
 
-    def begin_cell(self, step: int, cell: int) -> None:
-        """Calls from now on belong to this cell."""
+    def begin_cell(self, step: int, cell: int, seconds: float | None = None) -> None:
+        """Calls from now on belong to this cell, which is over in ``seconds`` at the latest."""
         with self._lock:
-            self._cell = _Cell(step, cell)
+            self._cell = _Cell(step, cell, None if seconds is None else time.monotonic() + seconds)
 
     def end_cell(self) -> None:
         """The cell is over: nothing more goes out for it."""
@@ -209,7 +212,7 @@ class SubcallDesk:
                 return _NOT_MADE
             answer, usage = _Answer(_OTHER_REASON, failed=True), TokenUsage()
             try:
-                answer, usage = self._complete(prompt, model, reserved)
+                answer, usage = self._complete(cell, prompt, model, reserved)
             finally:
                 self._ledger.settle(reserved, usage)
                 with self._lock:
@@ -245,19 +248,22 @@ class SubcallDesk:
             )  # fmt: skip
         return call
 
-    def _complete(self, prompt: str, model: str | None, reserved: Reservation) -> tuple[_Answer, TokenUsage]:
+    def _complete(self, cell: _Cell, prompt: str, model: str | None, reserved: Reservation) -> tuple[_Answer, TokenUsage]:
+        # The adapter retries; it must not go on doing so for a cell that is over.
+        seconds = None if cell.ends is None else max(0.001, cell.ends - time.monotonic())
+        messages: list[Message] = [{"role": "user", "content": prompt}]
         try:
-            reply = self._adapter.complete([{"role": "user", "content": prompt}], model=model, max_tokens=reserved.max_tokens)
+            reply = self._adapter.complete(messages, model=model, max_tokens=reserved.max_tokens, seconds=seconds)
         except AdapterError as exc:
             log.info("sub-call failed: %s", exc)
-            return _Answer(_REASONS.get(exc.kind, _OTHER_REASON), failed=True), TokenUsage()
+            return _Answer(_REASONS.get(exc.kind, _OTHER_REASON), failed=True, retries=exc.retries), TokenUsage()
         except Exception:
             log.exception("the adapter raised something that is not an AdapterError")
             return _Answer(_OTHER_REASON, failed=True), TokenUsage()
         if not isinstance(reply, Completion) or not isinstance(reply.text, str):
             log.error("the adapter returned %r and not a Completion with a text", type(reply).__name__)
             return _Answer(_OTHER_REASON, failed=True), TokenUsage()
-        return _Answer(reply.text), reply.usage
+        return _Answer(reply.text, retries=reply.retries), reply.usage
 
     def _report(self, call: _Subcall, answer: _Answer, usage: TokenUsage) -> None:
         self._events.emit(
@@ -266,5 +272,6 @@ class SubcallDesk:
                 size=call.size, response="" if answer.failed else excerpt(answer.text),
                 response_chars=0 if answer.failed else len(answer.text), error=answer.text if answer.failed else None,
                 input_tokens=usage.input_tokens, output_tokens=usage.output_tokens, seconds=time.monotonic() - call.started,
+                retries=answer.retries,
             )
         )  # fmt: skip

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import unicodedata
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,6 +119,19 @@ def _reply(text: str) -> ModelReplied:
 
 def _output(text: str, stream: Any = "stdout") -> CellOutput:
     return CellOutput(step=1, cell=1, stream=stream, text=text)
+
+
+def test_retries_are_shown() -> None:
+    shown = _show(
+        replace(_reply("x"), retries=("status 429", "status 429")),
+        _subcall(None, retries=("timeout",)),
+        _subcall(None, error="no", retries=("\x1b[31m",)),
+        _finished(stop_reason="max_seconds", verified=False, error="the model did not answer in time"),
+    )
+    assert "model replied in 1.5 s (10 tokens in, 5 out), after 2 retries (status 429)\n" in shown
+    assert "llm_query answered in 0.5 s, after 1 retry (timeout): said\n" in shown
+    assert "llm_query failed: no, after 1 retry (\\x1b[31m)\n" in shown
+    assert "the time budget is used up: the model did not answer in time\n" in shown
 
 
 def test_a_run_as_plain_lines() -> None:

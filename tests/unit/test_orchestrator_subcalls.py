@@ -49,6 +49,7 @@ class Gate:
         model: str | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
+        seconds: float | None = None,
     ) -> Completion:
         with self.lock:
             self.calls += 1
