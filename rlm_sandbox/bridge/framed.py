@@ -29,7 +29,7 @@ from ..errors import (
 from ..limits import Limits
 from ..protocol import Capabilities
 from ..registry import SessionConfig
-from ..results import ExecResult, OutputChunk, State, Usage
+from ..results import ExecResult, LimitHit, OutputChunk, State, Usage
 from ..wire.codec import Attachment, Encoder, ValueRefused
 from ..wire.frames import FrameTooLarge, dump_frame
 from ..wire.messages import BindObject, BindText, Configure, Exec, Get, Message, Names, Protect, SetValue, dump_message
@@ -45,9 +45,11 @@ __all__ = ("FramedSession",)
 
 log: Final = logging.getLogger("rlm_sandbox.session")
 
-#: A heap that leaves less than this after a MemoryError is given up for the recovery point: no cell could run in it.
+#: A heap that leaves less than this after a cell is given up for the recovery point: no cell could run in it.
 _HEADROOM_MB: Final = 8
-_HEADROOM_SHARE: Final = 0.1
+_HEADROOM_SHARE: Final = 0.02
+#: CPU that making a standby may cost a worker between turns (1 GB of small objects: 60 ms). More is charged to the next cell.
+_FREE_CPU_SECONDS: Final = 0.25
 _HELLO_SECONDS: Final = 10.0
 #: A standby is the cell's own memory: what the cell did to it may keep it from greeting, and recovery has 2 s.
 _STANDBY_HELLO_SECONDS: Final = 1.5
@@ -101,6 +103,7 @@ class FramedSession:
         self._protected = False
         self._protecting = False
         self._has_standby = False
+        self._cpu_at_end: float | None = None
         self._stale = True
         self._setting_up = False
         self._out_of_step = False
@@ -273,9 +276,15 @@ class FramedSession:
     # ---- turns
 
     def _turn(
-        self, limits: Limits, capture: Capture, message: Message, attachments: list[Attachment], fds: tuple[int, ...] = ()
+        self,
+        limits: Limits,
+        capture: Capture,
+        message: Message,
+        attachments: list[Attachment],
+        fds: tuple[int, ...] = (),
+        charged: float = 0.0,
     ) -> TurnEnd:
-        turn = Turn(self._guest, self._handles, self._pool, self._wake, limits, capture, self._is_interrupted, self._until)
+        turn = Turn(self._guest, self._handles, self._pool, self._wake, limits, capture, self._is_interrupted, self._until, charged)
         # Whatever is raised from here on, a signal handler's SystemExit included, leaves a guest that is still in this turn
         # and would answer the next one with its end.
         self._out_of_step = True
@@ -325,20 +334,26 @@ class FramedSession:
             state, lost = self._take_pending()
             return self._result(TurnEnd("done", interrupted=True), capture, Death(), None, state, lost, Usage(), protected)
         started, cpu_before = time.monotonic(), self._guest.cpu_seconds()
+        charged = self._burnt_between_turns(cpu_before)
         try:
-            end = self._turn(limits, capture, Exec(self._cell, code, read, limits.output_bytes), [])
+            end = self._turn(limits, capture, Exec(self._cell, code, read, limits.output_bytes), [], charged=charged)
         except FrameTooLarge:
             raise ValueError("the cell's source is too long; bind a long text as a Context or set() it") from None
         if end.kind == "done" and not end.read.keys() <= set(read):
             end.kind, end.detail, end.read, end.failure = "violation", "it sent values nobody asked for", {}, None
         death, peak, cpu_after = end.death, None, None
-        if end.kind == "done" and end.failure is not None and end.failure[0] == "MemoryError":
-            peak = self._guest.peak_memory_mb()
-            if self._is_out_of_memory():
+        if end.kind == "done":
+            out_of_memory = self._out_of_memory()
+            if out_of_memory is not None or _is_memory_error(end):
+                peak = self._guest.peak_memory_mb()
+            # Without a recovery point the heap is kept: the caller may still free something of it.
+            if out_of_memory is not None and self._has_standby:
                 end.kind = "killed"
+                if not _is_memory_error(end):
+                    end.hit = out_of_memory
         state, lost = self._take_pending()
         if end.kind == "done":
-            cpu_after = self._guest.cpu_seconds()
+            cpu_after = self._cpu_at_end = self._guest.cpu_seconds()
             self._note_names(end)
             self._protect()
         else:
@@ -391,10 +406,22 @@ class FramedSession:
             protected=protected,
         )
 
-    def _is_out_of_memory(self) -> bool:
-        """After a MemoryError: whether what the cell left behind would fail the next cell, too."""
-        headroom, limit = self._guest.memory_headroom_mb(), self._limits.memory_mb
-        return limit is not None and (headroom is None or headroom < max(_HEADROOM_MB, limit * _HEADROOM_SHARE))
+    def _out_of_memory(self) -> LimitHit | None:
+        """Whether what the cell left behind would fail the next cell, too: measured from outside."""
+        limit = self._limits.memory_mb
+        if limit is None:
+            return None
+        headroom = self._guest.memory_headroom_mb()
+        if headroom is not None and headroom >= max(_HEADROOM_MB, limit * _HEADROOM_SHARE):
+            return None
+        return LimitHit("memory_mb", limit, None if headroom is None else round(limit - headroom, 1), "host")
+
+    def _burnt_between_turns(self, cpu_now: float | None) -> float:
+        """CPU seconds that threads of the guest used while its standby was made, beyond what making it may cost."""
+        before, self._cpu_at_end = self._cpu_at_end, None
+        if cpu_now is None or before is None or cpu_now - before < _FREE_CPU_SECONDS:
+            return 0.0
+        return cpu_now - before
 
     def _note_names(self, end: TurnEnd) -> None:
         if end.names is not None:
@@ -548,6 +575,7 @@ class FramedSession:
         """After a kill: the standby, else a fresh worker with setup and bindings, else a whole new guest."""
         self._protected = self._protecting = False
         had_standby, self._has_standby = self._has_standby, False
+        self._cpu_at_end = None
         lost = tuple(self._known_names)
         try:
             # A standby that lacks what was set or bound since is not what the session was before this call.
@@ -606,3 +634,7 @@ class FramedSession:
             raise GuestLost(f"setting up a fresh guest failed ({exc})") from exc
         finally:
             self._setting_up = False
+
+
+def _is_memory_error(end: TurnEnd) -> bool:
+    return end.failure is not None and end.failure[0] == "MemoryError"

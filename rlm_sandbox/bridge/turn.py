@@ -127,7 +127,9 @@ class Turn:
         capture: Capture,
         is_interrupted: Callable[[], bool],
         session_until: float | None,
+        charged: float = 0.0,
     ) -> None:
+        """``charged``: seconds of the turn clock that are used up already."""
         self._guest = guest
         self._handles = handles
         self._pool = pool
@@ -135,7 +137,7 @@ class Turn:
         self._limits = limits
         self._capture = capture
         self._is_interrupted = is_interrupted
-        self._watchdog = Watchdog(limits, time.monotonic(), session_until)
+        self._watchdog = Watchdog(limits, time.monotonic(), session_until, _used=charged)
         self._max_frame = _NO_CAP if limits.value_bytes is None else limits.value_bytes + FRAME_OVERHEAD
         self._reader = FrameReader(max_bytes=self._max_frame)
         self._outbox: collections.deque[memoryview] = collections.deque()

@@ -65,6 +65,10 @@ _THREAD_FLAGS: Final = (0x3D0F00, 0x7D0F00)
 #: What glibc's fork passes: CLONE_CHILD_CLEARTID | CLONE_CHILD_SETTID | SIGCHLD.
 _FORK_FLAGS: Final = (0x01200011, 0x11)
 
+_XATTR: Final = (
+    "setxattr", "lsetxattr", "fsetxattr", "getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr",
+)  # fmt: skip
+
 _PLAIN: Final = """
     read write readv writev pread64 pwrite64 preadv pwritev lseek close dup dup2 dup3 pipe pipe2
     open openat stat lstat fstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getdents64 getcwd
@@ -110,6 +114,8 @@ WORKER: Final[dict[str, Rule]] = {
     "vfork": _ASK,
     "clone3": _ABSENT,
     "setpgid": _ASK,
+    # As on a file system without extended attributes: shutil.copy2 goes on without them.
+    **dict.fromkeys(_XATTR, Rule(_RET_ERRNO | errno.EOPNOTSUPP)),
     # Signals to oneself; never to the supervisor or the standby.
     "kill": _ASK,
     "tgkill": _ASK,
@@ -149,6 +155,27 @@ SUPERVISOR: Final[dict[str, Rule]] = {
     "setsockopt": _ALLOW,
 }
 
+#: An engine's own worker program (Monty's), from the step before its execution: it reads, writes and allocates.
+ENGINE: Final[dict[str, Rule]] = {
+    **dict.fromkeys(
+        """
+        read write readv writev close fstat newfstatat openat access pread64 lseek poll
+        mprotect munmap brk futex set_robust_list set_tid_address arch_prctl rseq
+        clock_gettime clock_getres clock_nanosleep gettimeofday getrandom sched_getaffinity sched_yield gettid getpid
+        rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack exit exit_group restart_syscall
+        execve
+        """.split(),
+        _ALLOW,
+    ),
+    "mmap": WORKER["mmap"],
+    "mremap": WORKER["mremap"],
+    "madvise": WORKER["madvise"],
+    "prlimit64": WORKER["prlimit64"],
+    "prctl": WORKER["prctl"],
+    "clone": Rule(args=(Arg(0, _THREAD_FLAGS),)),
+    "clone3": _ABSENT,
+}
+
 NUMBERS: Final[dict[str, int]] = {
     "read": 0, "write": 1, "open": 2, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8, "mmap": 9,
     "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "ioctl": 16,
@@ -156,13 +183,14 @@ NUMBERS: Final[dict[str, int]] = {
     "mremap": 25, "msync": 26, "madvise": 28, "dup": 32, "dup2": 33, "pause": 34, "nanosleep": 35, "getitimer": 36, "alarm": 37,
     "setitimer": 38, "getpid": 39, "sendfile": 40, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48,
     "getsockname": 51, "getpeername": 52, "socketpair": 53, "setsockopt": 54, "getsockopt": 55, "clone": 56, "fork": 57,
-    "vfork": 58, "exit": 60, "wait4": 61, "kill": 62, "uname": 63, "fcntl": 72, "fsync": 74, "fdatasync": 75, "truncate": 76,
+    "vfork": 58, "execve": 59, "exit": 60, "wait4": 61, "kill": 62, "uname": 63, "fcntl": 72, "fsync": 74, "fdatasync": 75, "truncate": 76,
     "ftruncate": 77, "getcwd": 79, "chdir": 80, "fchdir": 81, "rename": 82, "mkdir": 83, "rmdir": 84, "link": 86, "unlink": 87,
     "symlink": 88, "readlink": 89, "chmod": 90, "fchmod": 91, "umask": 95, "gettimeofday": 96, "getrlimit": 97, "getrusage": 98,
     "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "setpgid": 109, "getppid": 110,
     "getpgrp": 111, "getgroups": 115, "getresuid": 118, "getresgid": 120, "getpgid": 121, "getsid": 124, "rt_sigpending": 127,
-    "rt_sigtimedwait": 128, "rt_sigsuspend": 130, "sigaltstack": 131, "statfs": 137, "fstatfs": 138, "prctl": 157, "gettid": 186,
-    "time": 201, "futex": 202, "sched_getaffinity": 204, "getdents64": 217, "restart_syscall": 219, "clock_gettime": 228,
+    "rt_sigtimedwait": 128, "rt_sigsuspend": 130, "sigaltstack": 131, "statfs": 137, "fstatfs": 138, "prctl": 157, "arch_prctl": 158, "gettid": 186,
+    "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "getxattr": 191, "lgetxattr": 192, "fgetxattr": 193, "listxattr": 194,
+    "llistxattr": 195, "flistxattr": 196, "time": 201, "futex": 202, "sched_getaffinity": 204, "getdents64": 217, "set_tid_address": 218, "restart_syscall": 219, "clock_gettime": 228,
     "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233, "tgkill": 234,
     "waitid": 247, "openat": 257, "mkdirat": 258, "newfstatat": 262, "unlinkat": 263, "renameat": 264, "linkat": 265,
     "symlinkat": 266, "readlinkat": 267, "fchmodat": 268, "faccessat": 269, "pselect6": 270, "ppoll": 271,

@@ -26,6 +26,7 @@ _LIBRARY_BEARERS: Final = (
 #: Directories of the standard library that hold what the host installed, or nothing a guest can use.
 _HIDDEN: Final = ("site-packages", "dist-packages", "ensurepip", "test", "idlelib", "tkinter", "turtledemo")
 #: Not zero: mapped and shared it is memory that no limit counts.
+_NOT_HERE: Final = 'raise ModuleNotFoundError(f"{__name__} is not part of the sandbox", name=__name__)\n'
 _DEVICES: Final = ("null", "urandom", "random")
 
 
@@ -108,6 +109,8 @@ def build(archive: bytes) -> dict[str, str]:
         file.write(archive)
     for target, source in via.items():
         _bind(source, f"{root}{target}")
+    with open(f"{root}/empty/__init__.py", "x", encoding="utf-8") as marker:
+        marker.write(_NOT_HERE)  # without it, an import would find an empty namespace package
     for name in _HIDDEN:
         hidden = f"{root}{guest_stdlib}/{name}"
         if os.path.isdir(hidden):

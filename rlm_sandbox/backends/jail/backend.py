@@ -14,6 +14,8 @@ from .launch import shared_zygote
 
 __all__ = ("BACKEND", "JailBackend")
 
+#: Copies of a heap at worst: the worker, its standby, and the next standby while it takes the other's place.
+_PROCESSES: Final = 3
 #: What the host spends on a session beside its workers: supervisor, page tables, sockets.
 _OVERHEAD_MB: Final = 5
 
@@ -34,7 +36,7 @@ class JailBackend:
         limits = config.limits
         worst = None
         if limits.memory_mb is not None and limits.disk_mb is not None:
-            worst = limits.memory_mb * (2 if config.recovery else 1) + limits.disk_mb + _OVERHEAD_MB
+            worst = limits.memory_mb * (_PROCESSES if config.recovery else 1) + limits.disk_mb + _OVERHEAD_MB
         return Capabilities(
             backend="jail",
             isolation=(

@@ -27,6 +27,9 @@ _START_SECONDS: Final = 10.0
 _RECOVER_SECONDS: Final = 5.0
 #: Linux makes a process's CPU clock id from its pid: ~pid << 3 | CPUCLOCK_SCHED.
 _CPUCLOCK_SCHED: Final = 2
+#: Field of /proc/PID/statm that counts data and stack, in pages; what RLIMIT_DATA bounds is at most that.
+_STATM_DATA: Final = 5
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 def _host_pid(pidfd: int) -> int:
@@ -48,8 +51,9 @@ class JailGuest:
         self._closed = False
         self._owner = os.getpid()
         self._generation = 1
-        self._supervisor = self._worker = -1
+        self._supervisor = self._worker = self._statm = -1
         self._worker_pid = 0
+        self._data_limit: int | None = None
         sockets, (out_read, out_write, err_read, err_write) = _channels()
         self.data, data_theirs, self._control, control_theirs = sockets
         self.outputs: Mapping[int, Stream] = {out_read: "stdout", err_read: "stderr"}
@@ -84,8 +88,10 @@ class JailGuest:
             os.close(err_write)
 
     def _take_worker(self, pidfd: int) -> None:
-        if self._worker >= 0:
-            os.close(self._worker)
+        for fd in (self._worker, self._statm):
+            if fd >= 0:
+                os.close(fd)
+        self._statm = -1
         self._worker = pidfd
         self._worker_pid = _host_pid(pidfd)
 
@@ -211,15 +217,16 @@ class JailGuest:
     def memory_headroom_mb(self) -> float | None:
         """See `Guest.memory_headroom_mb`."""
         try:
-            used = Path(f"/proc/{self._worker_pid}/status").read_text()
-            allowed = Path(f"/proc/{self._worker_pid}/limits").read_text()
-        except OSError:
+            if self._data_limit is None:  # the same for every worker of the session
+                limits = Path(f"/proc/{self._worker_pid}/limits").read_text()
+                value = next(line.split()[3] for line in limits.splitlines() if line.startswith("Max data size"))
+                self._data_limit = int(value) if value.isdigit() else 0
+            if self._statm < 0:
+                self._statm = os.open(f"/proc/{self._worker_pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+            pages = int(os.pread(self._statm, 256, 0).split()[_STATM_DATA])
+        except (OSError, StopIteration, IndexError, ValueError):
             return None
-        data = next((line.split()[1] for line in used.splitlines() if line.startswith("VmData:")), None)
-        limit = next((line.split()[3] for line in allowed.splitlines() if line.startswith("Max data size")), None)
-        if data is None or limit is None or not limit.isdigit():
-            return None
-        return (int(limit) - int(data) * 1024) / (1024 * 1024)
+        return (self._data_limit - pages * _PAGE) / (1024 * 1024) if self._data_limit else None
 
     def grow_address_space(self, size: int) -> None:
         """See `Guest.grow_address_space`. The supervisor moves the soft limit: a worker may not set limits."""
@@ -242,10 +249,10 @@ class JailGuest:
                 pass
         self.data.close()
         self._control.close()
-        for fd in (*self.outputs, self._supervisor, self._worker):
+        for fd in (*self.outputs, self._supervisor, self._worker, self._statm):
             if fd >= 0:
                 os.close(fd)
-        self._supervisor = self._worker = -1
+        self._supervisor = self._worker = self._statm = -1
 
 
 def _channels() -> tuple[list[socket.socket], list[int]]:

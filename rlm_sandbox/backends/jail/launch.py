@@ -82,6 +82,11 @@ class Zygote:
                 pass_fds=(theirs.fileno(), archive_fd),
                 start_new_session=True,
             )
+        except OSError as exc:
+            self._sock.close()
+            raise BackendUnavailable(
+                _NAME, f"this interpreter cannot be started ({exc.strerror})", "use an interpreter that this user may execute"
+            ) from exc
         finally:
             os.close(archive_fd)
             theirs.close()
