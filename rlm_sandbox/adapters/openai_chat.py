@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib
 import os
-import weakref
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from ..orchestrator.llm import AdapterError, AdapterErrorKind, Completion, Message, TokenUsage, estimate_tokens
-from .background import run_in_background, schedule
 
 __all__ = ("OpenAIAdapter",)
 
@@ -21,12 +16,6 @@ URL_VARIABLES: Final = ("LLM_BASE_URL", "OPENAI_BASE_URL")
 OFFICIAL_HOST: Final = "api.openai.com"
 #: Characters kept of what a server says about an error.
 MAX_DETAIL_CHARS: Final = 300
-
-#: What each attempt of the call under way came to. The SDK retries; this is how anyone hears of it.
-_attempts: Final[ContextVar[list[str]]] = ContextVar("attempts")
-_TIMEOUT: Final = "timeout"
-_REFUSED: Final = "no connection"
-_BROKEN: Final = "broken connection"
 
 
 class OpenAIAdapter:
@@ -75,21 +64,17 @@ class OpenAIAdapter:
 
         import openai  # here and not above: importing the SDK takes a second, and most users of the package never need it
 
+        from .openai_client import BROKEN, ChatClient
+
         self._sdk = openai
+        self._broken = BROKEN
         self._key = key
         self._model = model
         self._where = where
         self._timeout = timeout
         # OpenAI's newer models refuse max_tokens; many compatible servers know nothing else.
         self._cap_name = "max_completion_tokens" if self._where == OFFICIAL_HOST else "max_tokens"
-        self._client = openai.AsyncOpenAI(
-            api_key=key,
-            base_url=url or f"https://{OFFICIAL_HOST}/v1",
-            timeout=timeout,
-            max_retries=max_retries,
-            http_client=_counting_client(openai, timeout),
-        )
-        weakref.finalize(self, _close, self._client).atexit = False  # then the process's end closes its connections
+        self._client = ChatClient(key, url or f"https://{OFFICIAL_HOST}/v1", timeout, max_retries)
 
     @property
     def model(self) -> str:
@@ -119,16 +104,11 @@ class OpenAIAdapter:
             options[self._cap_name] = max_tokens
         if temperature is not None:
             options["temperature"] = temperature
-        conversation: Any = [{"role": item["role"], "content": _encodable(item["content"])} for item in messages]
+        conversation = [{"role": item["role"], "content": _encodable(item["content"])} for item in messages]
         attempts: list[str] = []
-
-        async def ask() -> Any:
-            _attempts.set(attempts)
-            async with asyncio.timeout(seconds):
-                return await self._client.chat.completions.create(model=asked, messages=conversation, **options)
-
         try:
-            return self._completion(run_in_background(ask()), messages, tuple(attempts[:-1]))
+            reply = self._client.create(attempts, seconds, model=asked, messages=conversation, **options)
+            return self._completion(reply, messages, tuple(attempts[:-1]))
         except AdapterError as exc:
             exc.retries = tuple(attempts[:-1])
             raise
@@ -143,7 +123,6 @@ class OpenAIAdapter:
             # Not chained: the SDK's exception holds the request, its headers and so the key.
             raise AdapterError(kind, f"{what}{_after(retries)}; {remedy}", retries=retries) from None
         except (ValueError, TypeError, AttributeError, RecursionError) as exc:
-            # What the SDK raises over a body that is no JSON, or too deep, or of another shape.
             raise AdapterError(
                 "response", f"{self._where} did not answer with chat completions ({type(exc).__name__}); check the base URL",
                 retries=tuple(attempts[:-1]),
@@ -182,7 +161,7 @@ class OpenAIAdapter:
         sdk, where = self._sdk, self._where
         if isinstance(exc, sdk.APITimeoutError):
             return "timeout", f"{where} did not answer within {self._timeout:g} s", "try again or raise the timeout"
-        if isinstance(exc, sdk.APIConnectionError) and last == _BROKEN:
+        if isinstance(exc, sdk.APIConnectionError) and last == self._broken:
             return "connection", f"the connection to {where} broke before the answer was whole", "try again later"
         if isinstance(exc, sdk.APIConnectionError):
             return "connection", f"cannot connect to {where}", "check the base URL and that the server is running"
@@ -209,40 +188,6 @@ class OpenAIAdapter:
         """A server's words, fit to print: one line, short, printable, without the key."""
         shown = "".join(char if char.isprintable() else " " for char in text.replace(self._key, "***")[:MAX_DETAIL_CHARS])
         return " ".join(shown.split()).rstrip(".")
-
-
-def _counting_client(sdk: Any, timeout: float) -> Any:
-    """The SDK's own HTTP client, with a limit on each attempt as a whole and a note of what each came to.
-
-    The client's own time-outs stay in force; they are for one read each.
-    """
-    # httpx; in later SDKs its successor: whichever the SDK's client comes from has the errors that the SDK retries on.
-    base = next(cls for cls in sdk.DefaultAsyncHttpxClient.__mro__ if cls.__name__ == "AsyncClient")
-    transport: Any = importlib.import_module(base.__module__.partition(".")[0])
-
-    class Client(sdk.DefaultAsyncHttpxClient):  # type: ignore[misc]
-        async def send(self, request: Any, **options: Any) -> Any:
-            noted = _attempts.get([])
-            try:
-                async with asyncio.timeout(timeout):
-                    response = await super().send(request, **options)
-            except (TimeoutError, transport.TimeoutException) as exc:
-                noted.append(_TIMEOUT)
-                raise transport.ReadTimeout("the attempt took too long", request=request) from exc
-            except transport.ConnectError:
-                noted.append(_REFUSED)
-                raise
-            except transport.RequestError:
-                noted.append(_BROKEN)
-                raise
-            noted.append(f"status {response.status_code}")
-            return response
-
-    return Client()
-
-
-def _close(client: Any) -> None:
-    schedule(client.close())
 
 
 def _after(retries: Sequence[str]) -> str:
