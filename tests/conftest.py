@@ -69,6 +69,15 @@ def _required(name: str) -> bool:
     return name in asked or "all" in asked
 
 
+def require_usable(name: str, state: Availability) -> None:
+    """Skip where a backend does not work, with the reason; fail where the environment requires it."""
+    if not state.usable:
+        message = f"backend {name} is unavailable: {state.reason}; {state.remedy}"
+        if _required(name):
+            pytest.fail(f"{message} ({REQUIRE} names it)")
+        pytest.skip(message)
+
+
 def _probe(name: str) -> Availability:
     try:
         return load_backend(name).probe()
@@ -127,11 +136,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     """The name of a usable backend."""
     name: str = request.param
     state = _probe(name)
-    if not state.usable:
-        message = f"backend {name} is unavailable: {state.reason}; {state.remedy}"
-        if _required(name):
-            pytest.fail(f"{message} ({REQUIRE} names it)")
-        pytest.skip(message)
+    require_usable(name, state)
     return name
 
 
