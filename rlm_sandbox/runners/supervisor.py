@@ -317,7 +317,9 @@ class Supervisor:
             if self._ticket_until and self._birth is not None:
                 poll.register(self._birth, select.POLLIN)
             deadlines = [until for until in (self._ticket_until, self._session_until) if until]
-            timeout = max(0.0, min(deadlines) - time.monotonic()) * 1000 if deadlines else None
+            left = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+            # At most an hour at once: the poll call takes milliseconds as a C int, which 25 days overflow.
+            timeout = None if left is None else min(left, 3_600.0) * 1000
             ready = {fd for fd, _ in poll.poll(timeout)}
             if self._session_until is not None and time.monotonic() >= self._session_until:
                 return

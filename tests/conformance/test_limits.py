@@ -131,6 +131,15 @@ def test_a_soft_interrupt_keeps_what_the_cell_did(open_session: OpenSession) -> 
     assert repl.get("done") == [0, 1, 2]
 
 
+def test_limits_of_months_are_no_error(open_session: OpenSession) -> None:
+    """A poll takes milliseconds as a C int, which 25 days overflow."""
+    months = 10_000_000
+    repl = open_session(limits=Limits(time_seconds=months, wall_seconds=months, session_seconds=months))
+    ok(repl.exec("x = 1"))
+    ok(repl.exec("x += 1"))
+    assert repl.get("x") == 2
+
+
 @enforces("time_seconds")
 def test_one_limit_after_another(open_session: OpenSession) -> None:
     repl = open_session(limits=Limits(time_seconds=0.4))

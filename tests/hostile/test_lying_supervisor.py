@@ -268,15 +268,17 @@ def test_a_turn_that_an_exception_ended_is_not_answered_by_the_next() -> None:
         worker.print(b"text")
         move(worker)
 
-    with scripted({"talk": talks}) as session:
+    def waits(worker: Worker) -> None:
+        late.wait(5)
+        worker.write(done("'its own'"))
+
+    with scripted({"talk": talks, "wait": waits}) as session:
         session.set("x", 1)
         with pytest.raises(SystemExit):
             session.exec("talk", on_output=raises)
-        late.set()
-        time.sleep(0.1)
-        result = session.exec("an honest cell")
-        assert result.ok
-        assert result.value is None
+        threading.Timer(0.3, late.set).start()  # it ends while the next cell waits for its own end
+        result = session.exec("wait")
+        assert result.value == "'its own'"
         assert result.state == "restored"
         assert session.get("x") == 1
 
