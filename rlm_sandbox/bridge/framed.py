@@ -498,6 +498,7 @@ class FramedSession:
                 self._guest.data.sendall(buffer)
         except (GuestLost, OSError):
             self._protecting = False
+            self._out_of_step = True  # it closed its channel, say: the next cell gets another worker
             self._guest.stop()
 
     def _await_protection(self) -> None:
