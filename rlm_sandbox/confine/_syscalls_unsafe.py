@@ -153,9 +153,7 @@ def install_filter(program: bytes, *, listener: bool) -> int:
 def landlock_give_up_writing() -> None:
     """landlock(7): a rule set without a rule, so that this thread can open no file for writing. For trials only."""
     attributes = struct.pack("<Q", _LANDLOCK_ACCESS_FS_WRITE_FILE)
-    ruleset = _syscall(
-        ctypes.c_long(_NR_LANDLOCK_CREATE_RULESET), attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0)
-    )
+    ruleset = _syscall(ctypes.c_long(_NR_LANDLOCK_CREATE_RULESET), attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0))
     _check(ruleset, "landlock_create_ruleset")
     try:
         result = _syscall(ctypes.c_long(_NR_LANDLOCK_RESTRICT_SELF), ctypes.c_int(ruleset), ctypes.c_uint(0))
