@@ -31,13 +31,24 @@ class JailOptions(BackendOptions):
 class MontyOptions(BackendOptions):
     """Options of the ``monty`` backend.
 
-    ``max_processes``: worker processes of the pool this session belongs to; each open session owns one.
+    - ``max_processes``: worker processes of the pool this session belongs to. More sessions may be open: an idle one
+      is parked, its state kept as a dump in the host's memory, until it is used again.
+    - ``spare_workers``: processes that wait beyond those, ready for the next session.
+    - ``confinement``: ``"kernel"`` puts each worker into namespaces of its own, behind a seccomp allow-list, and is not
+      available where the kernel does not allow it. ``"language"`` leaves the interpreter of the subset as the only wall
+      between the guest and what the host's user may do; say so only where that is enough.
     """
 
     max_processes: int = 16
+    spare_workers: int = 1
+    confinement: Literal["kernel", "language"] = "kernel"
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_processes, bool) or not isinstance(self.max_processes, int):
-            raise TypeError("MontyOptions.max_processes must be a whole number")
-        if not 1 <= self.max_processes <= 4096:
-            raise ValueError(f"MontyOptions.max_processes must be between 1 and 4096, got {self.max_processes}")
+        for name, low in (("max_processes", 1), ("spare_workers", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"MontyOptions.{name} must be a whole number")
+            if not low <= value <= 4096:
+                raise ValueError(f"MontyOptions.{name} must be between {low} and 4096, got {value}")
+        if self.confinement not in ("kernel", "language"):
+            raise ValueError(f"MontyOptions.confinement must be 'kernel' or 'language', got {self.confinement!r}")

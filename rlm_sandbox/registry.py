@@ -40,8 +40,8 @@ class SessionConfig:
 class Backend(Protocol):
     """What a backend module offers the registry, as its module-level ``BACKEND``."""
 
-    def probe(self) -> Availability:
-        """Try the mechanism itself, cheaply; never raise, never leave anything behind."""
+    def probe(self, options: BackendOptions | None = None) -> Availability:
+        """Try the mechanism itself, cheaply; never raise, never leave anything behind. ``options`` may choose another one."""
 
     def capabilities(self, config: SessionConfig) -> Capabilities:
         """What a session opened with ``config`` would enforce. Called after a successful `probe`."""
@@ -95,9 +95,9 @@ def load_backend(name: str) -> Backend:
     return backend
 
 
-def _probe(name: str) -> Availability:
+def _probe(name: str, options: BackendOptions | None = None) -> Availability:
     try:
-        return load_backend(name).probe()
+        return load_backend(name).probe(options)
     except BackendUnavailable as exc:
         return Availability(False, exc.reason, exc.remedy)
 
@@ -159,7 +159,7 @@ def _resolve(name: str, options: BackendOptions | None) -> tuple[str, Backend]:
         wanted = _BACKENDS[name].options
         if options is not None and type(options) is not wanted:
             raise TypeError(f"backend {name!r} takes {wanted.__name__}, not {type(options).__name__}")
-        found = backend.probe()
+        found = backend.probe(options)
         if not found.usable:
             raise BackendUnavailable(name, found.reason, found.remedy)
         return name, backend
@@ -167,7 +167,7 @@ def _resolve(name: str, options: BackendOptions | None) -> tuple[str, Backend]:
     for candidate in AUTO_ORDER:
         if options is not None and type(options) is not _BACKENDS[candidate].options:
             continue
-        found = _probe(candidate)
+        found = _probe(candidate, options)
         if found.usable:
             return candidate, load_backend(candidate)
         reasons.append(f"{candidate}: {found.reason} ({found.remedy})")

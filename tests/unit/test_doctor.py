@@ -16,6 +16,7 @@ import rlm_sandbox.cli as cli
 from rlm_sandbox import BackendUnavailable, Capabilities, ExecResult, Grade, LimitHit
 from rlm_sandbox.diagnosis import Finding, Status, child, sessions
 from rlm_sandbox.doctor import Diagnosis, render
+from rlm_sandbox.options import BackendOptions
 from rlm_sandbox.registry import Availability
 from rlm_sandbox.testing import FakeREPL
 
@@ -103,7 +104,7 @@ class _Backend:
         self.usable = usable
         self.changes = changes
 
-    def probe(self) -> Availability:
+    def probe(self, options: BackendOptions | None = None) -> Availability:
         return Availability(self.usable, "" if self.usable else "no engine", "" if self.usable else "run: rlm-sandbox doctor")
 
     def capabilities(self, _config: object) -> Capabilities:
@@ -158,7 +159,7 @@ def test_a_backend_nobody_knows_is_tried_like_any_other(examined: Callable[..., 
     ("results", "layer", "words"),
     [
         ([ExecResult(outcome="ok", value="41")], "cell", "came to ok '41'"),
-        ([CELL, replace(STOPPED, outcome="ok", limit=None), CELL, OUT_OF_MEMORY, TWO], "kill", "endless loop came to ok"),
+        ([CELL, replace(STOPPED, outcome="ok", limit=None), CELL, OUT_OF_MEMORY, TWO], "kill", "endless call came to ok"),
         ([CELL, STOPPED, replace(CELL, value="0"), OUT_OF_MEMORY, TWO], "kill", "then the variable is 0"),
         ([CELL, replace(STOPPED, state="lost"), TWO, OUT_OF_MEMORY, TWO], "kill", "state lost"),
         ([CELL, STOPPED, CELL, TWO, TWO], "memory", "a list of 2 GiB came to ok"),

@@ -38,7 +38,7 @@ class FakeBackend:
         self.declared = capabilities
         self.opened: list[SessionConfig] = []
 
-    def probe(self) -> Availability:
+    def probe(self, options: BackendOptions | None = None) -> Availability:
         return self.availability
 
     def capabilities(self, config: SessionConfig) -> Capabilities:

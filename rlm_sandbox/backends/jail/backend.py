@@ -7,6 +7,7 @@ from typing import Final
 from ...bridge.framed import FramedSession
 from ...errors import BackendUnavailable
 from ...limits import Limits
+from ...options import BackendOptions
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
 from ...registry import Availability, SessionConfig
 from .guest import JailGuest
@@ -23,7 +24,7 @@ _OVERHEAD_MB: Final = 5
 class JailBackend:
     """See `rlm_sandbox.registry.Backend`."""
 
-    def probe(self) -> Availability:
+    def probe(self, options: BackendOptions | None = None) -> Availability:
         """Start the zygote: that is the mechanism itself, and the first session needs it anyway."""
         try:
             shared_zygote()

@@ -7,11 +7,13 @@ from typing import Final
 import pydantic_monty as monty
 
 from ...errors import BackendUnavailable
-from ...options import MontyOptions
+from ...options import BackendOptions, MontyOptions
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
 from ...registry import Availability, SessionConfig
-from .pool import KERNEL_LIMITS, open_slot
+from .launch import confined_launcher
+from .pool import shared_pool
 from .session import MontySession
+from .worker import KERNEL_LIMITS
 
 __all__ = ("MontyBackend",)
 
@@ -21,6 +23,17 @@ _LANGUAGE: Final = frozenset(
         Feature.ECHO, Feature.SOURCE_TRACEBACKS, Feature.SYSTEM_EXIT,
     }
 )  # fmt: skip
+_ISOLATION: Final = {
+    "kernel": (
+        "a Rust interpreter of a Python subset in a worker process of its own, without privileges, in user, mount, network, ipc "
+        "and uts namespaces, on a tree that holds nothing but the interpreter, behind a seccomp allow-list; the host's kernel is "
+        "shared"
+    ),
+    "language": (
+        "a Rust interpreter of a Python subset in a worker process of the host's user, under kernel limits of memory and time; "
+        "no namespaces, no seccomp"
+    ),
+}
 _NOTES: Final = (
     "This is a subset of Python: no class inheritance, no `yield`, no `del`, no decorators on methods.",
     (
@@ -37,28 +50,35 @@ class MontyBackend:
     """See `registry.Backend`."""
 
     def __init__(self) -> None:
-        self._proven = False
+        self._proven: set[str] = set()
 
-    def probe(self) -> Availability:
-        """Run one expression in a worker; once it has worked it is not tried again."""
-        if self._proven:
+    def probe(self, options: BackendOptions | None = None) -> Availability:
+        """Run one expression in a worker of the kind the options ask for; once that has worked it is not tried again."""
+        confinement = _options(options).confinement
+        if confinement in self._proven:
             return Availability(True)
+        binary = None
+        if confinement == "kernel":
+            launcher = confined_launcher()
+            if launcher.path is None:
+                return Availability(False, launcher.reason, launcher.remedy)
+            binary = launcher.path
         try:
-            with monty.Monty(min_processes=1, max_processes=1, request_timeout=10.0) as pool, pool.checkout() as session:
+            engine = monty.Monty(binary_path=binary, min_processes=0, max_processes=1, request_timeout=10.0)
+            with engine as pool, pool.checkout() as session:
                 works = session.feed_run("1 + 1") == 2
         except Exception as exc:  # noqa: BLE001 - whatever keeps the engine from running is the reason
             return Availability(False, f"the engine does not run ({type(exc).__name__})", "run: pip install 'rlm-sandbox[monty]'")
         if not works:
             return Availability(False, "the engine gives wrong answers", "run: pip install --force-reinstall 'rlm-sandbox[monty]'")
-        self._proven = True
+        self._proven.add(confinement)
         return Availability(True)
 
     def capabilities(self, config: SessionConfig) -> Capabilities:
         """What a session enforces. Processes, disk and network do not exist in the language."""
         return Capabilities(
             backend="monty",
-            isolation="a Rust interpreter of a Python subset in a worker process of the host's user, under kernel limits of "
-            "memory and time; no namespaces, no seccomp",
+            isolation=_ISOLATION[_options(config.options).confinement],
             time_seconds=Grade.HARD,
             wall_seconds=Grade.HARD,
             output_bytes=Grade.HARD,
@@ -75,6 +95,7 @@ class MontyBackend:
             soft_interrupt=False,
             recovery="dump" if config.recovery else "none",
             context_route="host_calls",
+            fork=True,
             notes=_NOTES,
         )
 
@@ -86,17 +107,34 @@ class MontyBackend:
             BackendUnavailable: the engine cannot be started.
             GuestError: ``setup`` raised.
         """
-        options = config.options if isinstance(config.options, MontyOptions) else MontyOptions()
+        options = _options(config.options)
+        binary = None
+        if options.confinement == "kernel":
+            launcher = confined_launcher()
+            if launcher.path is None:
+                raise BackendUnavailable("monty", launcher.reason, launcher.remedy)
+            binary = launcher.path
         try:
-            slot = open_slot(options.max_processes)
+            slot = shared_pool(options.max_processes, options.spare_workers, binary).slot()
         except (monty.MontyError, OSError) as exc:
-            raise BackendUnavailable(
-                "monty",
-                f"its worker cannot be started ({type(exc).__name__})",
-                "run: pip install --force-reinstall 'rlm-sandbox[monty]'",
-            ) from exc
+            raise _broken(exc) from exc
         try:
             return MontySession(config, slot, self.capabilities(config))
+        except (monty.MontyError, OSError) as exc:
+            slot.release()
+            raise _broken(exc) from exc
         except BaseException:
             slot.release()
             raise
+
+
+def _options(options: BackendOptions | None) -> MontyOptions:
+    return options if isinstance(options, MontyOptions) else MontyOptions()
+
+
+def _broken(exc: Exception) -> BackendUnavailable:
+    return BackendUnavailable(
+        "monty",
+        f"its worker cannot be started ({type(exc).__name__})",
+        "run: pip install --force-reinstall 'rlm-sandbox[monty]'",
+    )

@@ -64,25 +64,32 @@ def read_cell(code: str, objects: Mapping[str, Collection[str]]) -> Cell:
     if tree is None:
         return Cell(code)
     nodes = list(ast.walk(tree))
-    for node in nodes:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and not _is_unicode(node.value):
-            return Cell(
-                code,
-                problem=f"ValueError: line {node.lineno}: a text with lone surrogates does not exist in this language subset; "
-                f"use a backend whose capabilities list cpython",
-            )
-    stray = _stray_return(tree)
+    kinds = {type(node) for node in nodes}
+    if "\\u" in code or "\\U" in code or not code.isascii():
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and not _is_unicode(node.value):
+                return Cell(
+                    code,
+                    problem=f"ValueError: line {node.lineno}: a text with lone surrogates does not exist in this language "
+                    f"subset; use a backend whose capabilities list cpython",
+                )
+    stray = _stray_return(tree) if ast.Return in kinds else None
     if stray is not None:
         # The engine would take it as the cell's end.
         return Cell(code, problem=f"SyntaxError: 'return' outside function (line {stray})")
     names = frozenset(_bound_names(tree))
-    edits, plain = _Edits(code), _Edits(code)
-    usable = {name: allowed for name, allowed in objects.items() if allowed and not _is_rebound(name, nodes)}
-    for node in nodes:
-        _rewrite(node, usable, edits)
-        _text_argument(node, edits)
-        _text_argument(node, plain)
     last = tree.body[-1] if tree.body else None
+    echoes = isinstance(last, ast.Expr)
+    usable = {name: allowed for name, allowed in objects.items() if allowed and not _is_rebound(name, nodes)}
+    if not (echoes or usable or ast.Raise in kinds):
+        return Cell(code, names)
+    edits, plain = _Edits(code), _Edits(code)
+    for node in nodes:
+        if usable:
+            _rewrite(node, usable, edits)
+        if isinstance(node, ast.Raise):
+            _text_argument(node, edits)
+            _text_argument(node, plain)
     for each in (edits, plain):
         if isinstance(last, ast.Expr):
             each.insert(each.start(last), f"{ECHO}((", first=True)
@@ -90,7 +97,7 @@ def read_cell(code: str, objects: Mapping[str, Collection[str]]) -> Cell:
     source = edits.apply()
     if usable and _parse(source) is None:
         source = plain.apply()
-    return Cell(source, names, isinstance(last, ast.Expr))
+    return Cell(source, names, echoes)
 
 
 def _is_unicode(text: str) -> bool:
@@ -167,11 +174,11 @@ _EXCEPTIONS: Final = frozenset(
 )
 
 
-def _text_argument(node: ast.AST, edits: _Edits) -> None:
+def _text_argument(node: ast.Raise, edits: _Edits) -> None:
     """``ValueError(3)`` to ``ValueError(str(3))``: the engine's exceptions take a text only, and fail on anything else."""
-    if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
-        return
     call = node.exc
+    if not isinstance(call, ast.Call):
+        return
     if not isinstance(call.func, ast.Name) or call.func.id not in _EXCEPTIONS or len(call.args) != 1 or call.keywords:
         return
     arg = call.args[0]

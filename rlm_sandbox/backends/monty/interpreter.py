@@ -5,9 +5,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final
+
+import pydantic_monty as monty
 
 from ...errors import SandboxError
 from ...limits import Limits
@@ -15,11 +16,12 @@ from ...results import Stream
 from . import values
 from .failures import Ending, read_failure
 from .pool import Slot
+from .sealed import Sealed, seal, unseal
 from .turn import Turn, TurnStopped
+from .worker import Worker
 
-__all__ = ("OWN_NAMES", "FeedEnded", "Interpreter")
+__all__ = ("OWN_NAMES", "FeedEnded", "Interpreter", "Point")
 
-_INTRINSICS: Final = Path(__file__).with_name("guest_intrinsics.py")
 #: Names of the intrinsics, which are no variables of the guest until it makes them some.
 OWN_NAMES: Final = frozenset({"HostCallError", "session_names"})
 #: A recovery point is written while nobody waits; the next call waits for the rest of it this long.
@@ -46,10 +48,10 @@ class FeedEnded(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Point:
-    """A recovery point: the interpreter's state, and what of ours belongs to it. Kept in the host's memory only."""
+class Point:
+    """The interpreter's state, sealed, and what of ours belongs to it. Kept in the host's memory only."""
 
-    state: bytes
+    state: Sealed
     feeds: int
     names: frozenset[str]
 
@@ -62,12 +64,35 @@ class Interpreter:
         self._limits = limits
         self._recovery = recovery
         self._mark = secrets.token_hex(8)
-        self._feeds = 0
         self._sources: dict[int, tuple[str, str]] = {}
-        self._point: _Point | None = None
+        self._parked: Point | None = None
+        self._empty(slot.new_worker(limits))
+        self._begin()
+
+    def _empty(self, worker: Worker) -> None:
+        self.worker = worker
         self._dumping: SimpleQueue[Any] | None = None
+        self._point: Point | None = None
+        self._feeds = 0
         self.names: set[str] = set()
-        self.worker = slot.new_worker(limits)
+        #: Something was fed since the recovery point was begun.
+        self._changed = False
+
+    def _begin(self) -> None:
+        """With the intrinsics, in an empty worker.
+
+        Raises:
+            monty.MontyError, RuntimeError: the worker is broken.
+        """
+        try:
+            state = self.worker.begin()
+        except (monty.MontyError, OSError, RuntimeError):
+            # A spare worker that has died meanwhile: the next one has not waited.
+            self._replace()
+            state = self.worker.begin()
+        self._feeds = 1
+        self._sources.clear()
+        self._point = Point(state, 1, frozenset()) if self._recovery else None
 
     # ---- feeds
 
@@ -94,6 +119,7 @@ class Interpreter:
                 del self._sources[next(iter(self._sources))]
         session = self.worker.session
         self._feeds += 1
+        self._changed = True
         try:
             return turn.run(lambda: session.feed_start(source, inputs=inputs, print_callback=listen or _nowhere))
         except TurnStopped as exc:
@@ -102,14 +128,6 @@ class Interpreter:
             if isinstance(exc, SandboxError) or not _is_engines(exc):
                 raise
             raise FeedEnded(read_failure(exc, self.worker.alive, self._sources), None) from None
-
-    def feed_intrinsics(self, turn: Turn) -> None:
-        """What every fresh interpreter needs first.
-
-        Raises:
-            FeedEnded: it did not complete.
-        """
-        self.feed(turn, _INTRINSICS.read_text(encoding="utf-8"))
 
     def take(self, turn: Turn, names: tuple[str, ...]) -> dict[str, Any]:
         """The plain values of those variables that exist.
@@ -136,67 +154,116 @@ class Interpreter:
 
     def protect(self) -> None:
         """Start writing a recovery point of the present state; `settle` waits for the rest of it."""
-        self._point = None
-        if not self._recovery:
+        if not self._recovery or not self._changed:
             return
+        self._point = None
+        self._changed = False
         worker, feeds, names = self.worker, self._feeds, frozenset(self.names)
-
-        def write() -> _Point | None:
-            state = worker.dump()
-            return None if state is None else _Point(state, feeds, names)
-
         self._dumping = SimpleQueue()
-        worker.submit(write, self._dumping)
+        worker.submit(lambda: _point(worker, feeds, names), self._dumping)
 
     def settle(self) -> bool:
         """Wait for a recovery point that is being written. False if the worker is dead."""
         dumping, self._dumping = self._dumping, None
         if dumping is not None:
             try:
-                _, point, exc = dumping.get(timeout=_DUMP_SECONDS)
+                point, exc = dumping.get(timeout=_DUMP_SECONDS)
             except Empty:
                 self.worker.kill()
                 return False
             self._point = point if exc is None else None
         return self.worker.alive
 
+    def present(self) -> Point | None:
+        """The present state, None if it cannot be dumped. After `settle`, between feeds."""
+        if self._point is not None and not self._changed:
+            return self._point
+        worker, feeds, names = self.worker, self._feeds, frozenset(self.names)
+        done: SimpleQueue[Any] = SimpleQueue()
+        worker.submit(lambda: _point(worker, feeds, names), done)
+        try:
+            point, exc = done.get(timeout=_DUMP_SECONDS)
+        except Empty:
+            worker.kill()
+            return None
+        if exc is not None or point is None:
+            return None
+        found: Point = point
+        return found
+
     def restore(self) -> bool:
         """Replace the worker by one in the state of the recovery point. False if there is none or it cannot be loaded."""
+        point = self._point
+        return point is not None and self.go_to(point)
+
+    def go_to(self, point: Point) -> bool:
+        """Replace the worker by one in the state of ``point``. False if that cannot be loaded."""
         self._replace()
-        point, worker = self._point, self.worker
-        if point is None:
-            return False
+        worker = self.worker
         done: SimpleQueue[Any] = SimpleQueue()
-        worker.submit(lambda: worker.load(point.state), done)
+        worker.submit(lambda: worker.load(unseal(point.state)), done)
         try:
-            _, _, exc = done.get(timeout=_LOAD_SECONDS)
+            _, exc = done.get(timeout=_LOAD_SECONDS)
         except Empty:
             return False
         if exc is not None:
             return False
         self._feeds = point.feeds
         self.names = set(point.names)
+        self._point = point if self._recovery else None
         return True
 
     def renew(self) -> None:
         """Replace the worker by a fresh, empty one."""
+        self._parked = None
         self._replace()
-        self._point = None
-        self._feeds = 0
-        self._sources.clear()
-        self.names = set()
+        self._begin()
 
     def _replace(self) -> None:
-        self._dumping = None
         self.worker.close()
-        self.worker = self._slot.new_worker(self._limits)
+        self._slot.acquire()
+        self._empty(self._slot.new_worker(self._limits))
+
+    # ---- parking
+
+    @property
+    def parked(self) -> bool:
+        """True if there is a state and no worker."""
+        return self._parked is not None
+
+    def park(self) -> bool:
+        """Give the worker up, keeping its state. False if that cannot be dumped, or the worker is dead."""
+        if self._parked is not None or not self.settle():
+            return False
+        self._parked = self.present()
+        if self._parked is None:
+            return False
+        self.worker.close()
+        self._slot.release()
+        return True
+
+    def wake(self) -> bool:
+        """Take a worker again, after `park`. False if the state cannot be loaded into it.
+
+        Raises:
+            PoolTimeout: all workers are busy; the session stays parked.
+        """
+        assert self._parked is not None
+        self._slot.acquire()
+        point, self._parked = self._parked, None
+        return self.go_to(point)
 
     def close(self) -> None:
         """End the worker and give the slot back. Idempotent; never raises."""
         self.worker.close()
         self._slot.release()
-        self._point = None
+        self._point = self._parked = None
         self._dumping = None
+
+
+def _point(worker: Worker, feeds: int, names: frozenset[str]) -> Point | None:
+    state = worker.dump()
+    return None if state is None else Point(seal(state), feeds, names)
 
 
 def _nowhere(stream: Stream, text: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,7 +19,16 @@ from ...bridge.capture import Capture
 from ...bridge.host_pool import HostPool
 from ...bridge.names import checked_name
 from ...context import Context, WholeText
-from ...errors import GuestCrashed, GuestError, LimitExceeded, SandboxError, SessionBusy, SessionClosed, UnsendableValue
+from ...errors import (
+    GuestCrashed,
+    GuestError,
+    LimitExceeded,
+    PoolTimeout,
+    SandboxError,
+    SessionBusy,
+    SessionClosed,
+    UnsendableValue,
+)
 from ...limits import Limits
 from ...protocol import Capabilities
 from ...registry import SessionConfig
@@ -76,12 +86,16 @@ class MontySession:
         self._cells = 0
         #: Names that were lost in a call that could not report it.
         self._unreported: tuple[str, ...] | None = None
+        self._slot = slot
+        self._in_call = False
         self._interpreter = Interpreter(slot, config.limits, recovery=config.recovery)
         try:
             self._start()
         except BaseException:
             self._end("could not be opened")
             raise
+        park = weakref.WeakMethod(self._park)
+        slot.park = lambda: (method := park()) is not None and method()
 
     # ---- the contract's small parts
 
@@ -114,11 +128,11 @@ class MontySession:
         if turn is not None:
             turn.stop("closed")
         # A call that is running sees that the session is closed when it ends, and frees everything.
-        if self._busy.acquire(blocking=False):
+        if self._take():
             try:
                 self._end("was closed")
             finally:
-                self._busy.release()
+                self._give()
 
     def reset(self) -> None:
         """See `REPLProtocol.reset`."""
@@ -171,9 +185,9 @@ class MontySession:
         def listen(stream: Stream, text: str) -> None:
             nonlocal room
             capture.add(stream, text.encode("utf-8", "surrogatepass"))
-            # The live view ends where the output's limit does: a flood must not pile up in the mailbox.
+            # The live view ends where the output's limit does.
             if on_output is not None and (room is None or room > 0):
-                turn.post_output(stream, text)
+                turn.show(stream, text)
                 room = None if room is None else room - len(text)
 
         interpreter, protected, mark = self._interpreter, self._interpreter.protected, self._door.table.mark()
@@ -319,14 +333,14 @@ class MontySession:
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
         """One call at a time, on an open session whose interpreter lives."""
-        if not self._busy.acquire(blocking=False):
+        if not self._take():
             if self._closed:
                 raise SessionClosed(f"the session {self._closed}; open a new one")
             raise SessionBusy("the session is running another call; wait for it, or interrupt() it")
         try:
             if not self._closed and self._ends_at is not None and time.monotonic() >= self._ends_at:
                 self._closed = _AT_ITS_END
-            if not self._closed and not self._interpreter.settle():
+            if not self._closed and not self._is_awake():
                 # It died while nothing ran: there is a recovery point of this very state, or what was there is lost.
                 state, lost = self._rebuild(0 if self._interpreter.protected else None)
                 if state == "lost":
@@ -335,8 +349,47 @@ class MontySession:
                 raise SessionClosed(f"the session {self._closed}; open a new one")
             yield
         finally:
+            self._slot.used_at = time.monotonic()
             if self._closed:
                 self._end(self._closed)
+            self._give()
+
+    def _take(self) -> bool:
+        """Take the session for a call. False if another call has it; the pool, which may be parking it, has it for moments."""
+        while not self._busy.acquire(blocking=False):
+            if self._in_call:
+                return False
+            time.sleep(0.0005)
+        self._in_call = True
+        return True
+
+    def _give(self) -> None:
+        self._in_call = False
+        self._busy.release()
+
+    def _is_awake(self) -> bool:
+        """Take a worker again if the session was parked. False if there is none that holds its state.
+
+        Raises:
+            PoolTimeout: all workers are busy.
+        """
+        interpreter = self._interpreter
+        if not interpreter.parked:
+            return interpreter.settle()
+        try:
+            return interpreter.wake()
+        except PoolTimeout:
+            raise
+        except (monty.MontyError, OSError, RuntimeError):
+            return False
+
+    def _park(self) -> bool:
+        """For the pool: give the worker up if no call is running."""
+        if self._closed or not self._busy.acquire(blocking=False):
+            return False
+        try:
+            return not self._closed and self._interpreter.park()
+        finally:
             self._busy.release()
 
     def _clock(self, limits: Limits) -> Clock:
@@ -353,6 +406,7 @@ class MontySession:
             host_calls=limits.host_calls,
             known_names=lambda: sorted(self._interpreter.names | self._cell_names),
             lazy=lambda name: self._text(self._texts[name]) if name in self._texts else None,
+            pool_id=id(self._slot.pool),
             on_output=on_output,
         )
 
@@ -419,7 +473,6 @@ class MontySession:
         turn = self._new_turn(clock, self._limits)
         self._turn = turn
         try:
-            self._interpreter.feed_intrinsics(turn)
             if self._setup:
                 cell = read_cell(self._setup, {})
                 if cell.problem:

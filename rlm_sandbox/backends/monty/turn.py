@@ -1,13 +1,15 @@
 """`Turn`: one cell's conversation with the interpreter: snapshots, host calls, sleeps, deadlines.
 
-The calling thread waits on one mailbox for everything that can happen: the engine's answer, output, the end of a host
-call, an interrupt, a deadline. Engine calls themselves run on the worker's thread, so that nothing blocks the caller.
+The calling thread makes the engine calls itself; between them it waits on one mailbox for what can happen: the end of a
+host call, an interrupt, a deadline. While it is in an engine call, `alarms` watches over it, and what ends the call kills
+the worker.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,20 +21,19 @@ import pydantic_monty as monty
 from ...bridge.handles import HostCall, Outcome, run_call
 from ...bridge.host_pool import HostPool
 from ...results import OutputChunk, Stream
+from .alarms import alarms, signal_watch
 from .host_calls import Answer, HostDoor
-from .pool import ENGINE, Worker
+from .pool import INSIDE
+from .worker import Worker
 
 __all__ = ("Clock", "Turn", "TurnStopped")
 
 log: Final = logging.getLogger("rlm_sandbox.output")
 
-OUTPUT: Final = "output"
 CALL: Final = "call"
 STOP: Final = "stop"
 #: What the interpreter has beyond its own time limit to say so itself, before it is killed.
 GRACE_SECONDS: Final = 0.25
-#: How long a killed worker may take to be noticed.
-_DRAIN_SECONDS: Final = 5.0
 
 
 class TurnStopped(Exception):
@@ -97,6 +98,7 @@ class Turn:
         host_calls: int | None,
         known_names: Callable[[], list[str]],
         lazy: Callable[[str], str | None],
+        pool_id: int,
         on_output: Callable[[OutputChunk], None] | None = None,
     ) -> None:
         self._worker = worker
@@ -107,8 +109,14 @@ class Turn:
         self._known_names = known_names
         self._lazy = lazy
         self._on_output = on_output
+        self._pool_id = pool_id
         self._mailbox: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
-        self._in_engine = False
+        self._lock = threading.Lock()
+        #: Which engine call is running, 0 for none.
+        self._call = 0
+        self._calls = 0
+        self._stopped: TurnStopped | None = None
+        self._raised: BaseException | None = None
         self._waiting: dict[int, HostCall] = {}
         self._timers: dict[int, float] = {}
         self._settled: dict[int, Answer] = {}
@@ -120,11 +128,30 @@ class Turn:
 
     def stop(self, reason: str) -> None:
         """End the cell. From any thread."""
+        with self._lock:
+            if self._call:
+                self._kill(TurnStopped(reason))
         self._mailbox.put((STOP, reason))
 
-    def post_output(self, stream: Stream, text: str) -> None:
-        """Hand output to the calling thread. From the worker's thread."""
-        self._mailbox.put((OUTPUT, stream, text))
+    def _kill(self, stopped: TurnStopped) -> None:
+        """End the engine call that is running. Under the lock; the first reason stands."""
+        if self._stopped is None:
+            self._stopped = stopped
+            self._worker.kill()
+
+    def show(self, stream: Stream, text: str) -> None:
+        """Hand output to the listener. On the calling thread, inside an engine call, which nothing may be raised through."""
+        if self._on_output is None:
+            return
+        try:
+            self._on_output(OutputChunk(stream, text))
+        except Exception:  # a listener's error must not cost the caller the cell's result
+            log.exception("on_output raised; it is not called again in this cell")
+            self._on_output = None
+        except BaseException as exc:  # noqa: BLE001 - Ctrl-C, raised again when the engine call has ended
+            self._raised = exc
+            self._on_output = None
+            self.stop("interrupt")
 
     # ---- the conversation
 
@@ -147,31 +174,47 @@ class Turn:
         return snapshot.output
 
     def abandon(self) -> None:
-        """Kill the worker and wait until the engine has noticed. Never raises."""
+        """Kill the worker and end what it was waiting for. Never raises."""
         self._door.cancel_searches()
         self._worker.kill()
-        deadline = time.monotonic() + _DRAIN_SECONDS
-        while self._in_engine:
-            try:
-                if self._mailbox.get(timeout=max(0.0, deadline - time.monotonic()))[0] == ENGINE:
-                    self._in_engine = False
-            except Empty:
-                return
 
     def _engine(self, step: Callable[[], Any]) -> Any:
-        self._in_engine = True
+        clock, watch = self.clock, signal_watch()
         since = time.monotonic()
-        self._worker.submit(step, self._mailbox)
+        timeout, reason = clock.wait(since, grace=True)
+        with self._lock:
+            if self._stopped is not None:
+                raise self._stopped
+            self._calls += 1
+            call = self._call = self._calls
+        alarm = None if timeout is None else alarms().arm(since + timeout, lambda: self._ring(call, reason, since))
+        previous = None if watch is None else watch.enter(self)
+        value, failed = None, None
         try:
-            while (event := self._next(since, grace=True))[0] != ENGINE:
-                continue
+            value = step()
+        except Exception as exc:  # noqa: BLE001 - raised below, unless the call was ended from outside
+            failed = exc
         finally:
-            self.clock.spent(since)
-        self._in_engine = False
-        _, value, exc = event
-        if exc is not None:
-            raise exc
+            self._call = 0
+            if watch is not None:
+                watch.leave(previous)
+            if alarm is not None:
+                alarms().disarm(alarm)
+            clock.spent(since)
+        if self._raised is not None:
+            raise self._raised
+        if self._stopped is not None:
+            raise self._stopped
+        if failed is not None:
+            raise failed
         return value
+
+    def _ring(self, call: int, reason: str, since: float) -> None:
+        with self._lock:
+            if self._call == call:
+                clock = self.clock
+                seen = clock.guest_seconds + time.monotonic() - since if reason == "time_seconds" else clock.elapsed
+                self._kill(TurnStopped(reason, seen))
 
     def _next(self, charged_since: float | None, *, grace: bool = False, until: float | None = None) -> tuple[Any, ...]:
         """The next event; ``("timer",)`` when ``until`` comes first."""
@@ -190,24 +233,12 @@ class Turn:
                 raise TurnStopped(reason, seen) from None
             if event[0] == STOP:
                 raise TurnStopped(event[1])
-            if event[0] == OUTPUT:
-                self._show(OutputChunk(event[1], event[2]))
-                continue
             if event[0] == CALL:
                 _, call_id, outcome = event
                 call = self._waiting.pop(call_id, None)
                 if call is not None:
                     self._settled[call_id] = self._door.answer(call, outcome)
             return event
-
-    def _show(self, chunk: OutputChunk) -> None:
-        if self._on_output is None:
-            return
-        try:
-            self._on_output(chunk)
-        except Exception:  # a listener's error must not cost the caller the cell's result
-            log.exception("on_output raised; it is not called again in this cell")
-            self._on_output = None
 
     # ---- snapshots
 
@@ -241,7 +272,11 @@ class Turn:
         since = time.monotonic()
         guest_work = self._door.is_guest_work(call)
         if call.inline or (guest_work and not self._door.is_search(call)):
-            outcome = run_call(call)
+            token = INSIDE.set(INSIDE.get() | {self._pool_id})
+            try:
+                outcome = run_call(call)
+            finally:
+                INSIDE.reset(token)
             if guest_work:
                 self.clock.spent(since)
                 self.clock.check()
@@ -262,7 +297,11 @@ class Turn:
         def done(outcome: Outcome) -> None:
             mailbox.put((CALL, call_id, outcome))
 
-        self._pool.submit(call, done)
+        token = INSIDE.set(INSIDE.get() | {self._pool_id})  # the pool copies the context
+        try:
+            self._pool.submit(call, done)
+        finally:
+            INSIDE.reset(token)
 
     def _operating_system(self, snapshot: monty.FunctionSnapshot) -> Answer | None:
         name, args = snapshot.function_name, snapshot.args

@@ -1,0 +1,225 @@
+"""The workers of the monty backend: how they are confined, how few of them serve many sessions, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rlm_sandbox import BackendUnavailable, Limits, PoolTimeout, REPLProtocol, open_repl
+from rlm_sandbox.options import MontyOptions
+from rlm_sandbox.registry import Availability, load_backend
+
+from ..conftest import REQUIRE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _engine() -> None:
+    try:
+        found = load_backend("monty").probe()
+        reason = "" if found.usable else found.reason
+    except BackendUnavailable as exc:
+        reason = exc.reason
+    if reason:
+        required = {part.strip() for part in os.environ.get(REQUIRE, "").split(",")}
+        (pytest.fail if required & {"monty", "all"} else pytest.skip)(f"monty is unavailable: {reason}")
+
+
+def worker_pid(repl: REPLProtocol) -> int:
+    pid = repl._interpreter.worker.pid  # type: ignore[attr-defined]
+    assert isinstance(pid, int)
+    return pid
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
+                return True
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+# ---- confinement, seen from outside
+
+
+def test_a_worker_has_no_privileges_and_a_filter() -> None:
+    with open_repl("monty") as repl:
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{worker_pid(repl)}/status").read_text().splitlines())
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+    if os.geteuid() == 0:
+        assert "0" not in status["Uid"].split(), "never the host's root"
+
+
+def test_a_worker_has_namespaces_of_its_own() -> None:
+    with open_repl("monty") as repl:
+        for kind in ("user", "mnt", "net", "ipc", "uts"):
+            assert Path(f"/proc/{worker_pid(repl)}/ns/{kind}").readlink() != Path(f"/proc/self/ns/{kind}").readlink(), kind
+
+
+def test_a_worker_sees_no_file_of_the_host_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", "sk-123")
+    with open_repl("monty") as repl:
+        pid = worker_pid(repl)
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        mapped = {line.split(None, 5)[5] for line in maps.splitlines() if len(line.split(None, 5)) == 6}
+        assert Path(f"/proc/{pid}/environ").read_bytes() == b""
+        assert sys.prefix not in Path(f"/proc/{pid}/cmdline").read_text()
+        mounts = {line.split()[4] for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()}
+    assert all(path.startswith(("/lib/", "/bin/engine", "[")) for path in mapped if path.startswith(("/", "["))), mapped
+    assert all(point == "/" or point.startswith(("/lib/", "/bin/engine")) for point in mounts), mounts
+
+
+def test_the_language_alone_has_to_be_asked_for() -> None:
+    with open_repl("monty", options=MontyOptions(confinement="language")) as repl:
+        assert "no seccomp" in repl.capabilities.isolation
+        assert "Seccomp:\t0" in Path(f"/proc/{worker_pid(repl)}/status").read_text()
+        assert repl.exec("1 + 1").value == "2"
+
+
+def test_where_the_kernel_refuses_the_backend_is_unavailable_and_not_weaker(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlm_sandbox.backends.monty import backend as module
+    from rlm_sandbox.backends.monty.launch import Launcher
+
+    monkeypatch.setattr(module, "confined_launcher", lambda: Launcher(None, "no user namespaces", "allow them"))
+    fresh = module.MontyBackend()
+    assert fresh.probe() == Availability(False, "no user namespaces", "allow them")
+    assert fresh.probe(MontyOptions(confinement="language")).usable
+
+
+_LOOPING_HOST = """
+import sys, threading, time
+from rlm_sandbox import open_repl, Limits
+repl = open_repl("monty", limits=Limits(time_seconds=60))
+print(repl._interpreter.worker.pid, flush=True)
+repl.exec("while True: pass")
+"""
+
+
+def test_a_worker_dies_with_its_host_even_in_a_loop() -> None:
+    with subprocess.Popen([sys.executable, "-c", _LOOPING_HOST], stdout=subprocess.PIPE, text=True) as host:
+        assert host.stdout is not None
+        pid = int(host.stdout.readline())
+        time.sleep(0.2)
+        host.send_signal(signal.SIGKILL)
+        host.wait()
+        assert gone(pid)
+
+
+# ---- many sessions, few workers
+
+
+def test_more_sessions_than_workers() -> None:
+    options = MontyOptions(max_processes=2, spare_workers=1)
+    with contextlib.ExitStack() as stack:
+        repls = [stack.enter_context(open_repl("monty", options=options)) for _ in range(12)]
+        for number, repl in enumerate(repls):
+            repl.bind("ask", lambda number=number: number)
+            assert repl.exec(f"x = {number}\ndef f(): return x + ask()").outcome == "ok"
+        for number, repl in enumerate(repls):
+            result = repl.exec("f(), ask()")
+            assert (result.value, result.state) == (f"({2 * number}, {number})", "kept")
+        running = [repl for repl in repls if not repl._interpreter.parked]  # type: ignore[attr-defined]
+        assert len(running) <= 2
+
+
+def test_a_session_without_recovery_can_be_parked_too() -> None:
+    options = MontyOptions(max_processes=1)
+    with open_repl("monty", options=options, recovery=False) as first, open_repl("monty", options=options) as second:
+        first.set("x", [1, 2])
+        second.set("x", [3])
+        assert first.get("x") == [1, 2]
+        assert second.get("x") == [3]
+
+
+def test_a_parked_session_can_be_closed_reset_and_used_from_other_threads() -> None:
+    options = MontyOptions(max_processes=1)
+    with open_repl("monty", options=options) as first, open_repl("monty", options=options) as second:
+        first.set("x", 1)
+        second.set("x", 2)
+        first.reset()
+        assert first.get("x") is None
+        first.close()
+        assert second.get("x") == 2
+        answers: list[int | None] = []
+        with contextlib.ExitStack() as stack:
+            repls = [stack.enter_context(open_repl("monty", options=options)) for _ in range(4)]
+
+            def work(repl: REPLProtocol, number: int) -> None:
+                for step in range(5):
+                    repl.set("y", number * 10 + step)
+                    answers.append(repl.get("y") - number * 10 - step)
+
+            threads = [threading.Thread(target=work, args=pair) for pair in zip(repls, range(4), strict=True)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+        assert answers == [0] * 20
+
+
+def test_a_session_opened_inside_a_host_call_does_not_wait_for_its_ancestors() -> None:
+    options = MontyOptions(max_processes=1)
+
+    def nested(depth: int) -> int:
+        with open_repl("monty", options=options) as inner:
+            inner.bind("deeper", nested)
+            result = inner.exec(f"deeper({depth - 1})" if depth else "0")
+            assert result.value is not None, result.error
+            return int(result.value) + 1
+
+    assert nested(3) == 4
+
+
+def test_a_pool_whose_workers_all_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlm_sandbox.backends.monty import pool
+
+    monkeypatch.setattr(pool, "OPEN_SECONDS", 0.1)
+    options = MontyOptions(max_processes=1)
+    started = threading.Event()
+    with open_repl("monty", options=options, limits=Limits(time_seconds=5)) as busy:
+        busy.bind("begun", started.set)
+        thread = threading.Thread(target=busy.exec, args=("begun()\nwhile True: pass",))
+        thread.start()
+        started.wait(10)
+        with pytest.raises(PoolTimeout, match="max_processes=2"):
+            open_repl("monty", options=options)
+        busy.interrupt()
+        thread.join(10)
+    with open_repl("monty", options=options) as repl:
+        assert repl.exec("1").value == "1"
+
+
+def test_a_spare_worker_that_died_is_not_given_out() -> None:
+    options = MontyOptions(max_processes=3)
+    with open_repl("monty", options=options) as repl:
+        spares = repl._slot.pool._spares  # type: ignore[attr-defined]
+        deadline = time.monotonic() + 10
+        while not spares and time.monotonic() < deadline:
+            time.sleep(0.01)
+        spares[0].kill()
+        with open_repl("monty", options=options) as other:
+            assert other.exec("1").value == "1"
+
+
+def test_what_was_sealed_elsewhere_is_not_loaded() -> None:
+    import dataclasses
+
+    from rlm_sandbox.backends.monty.sealed import BrokenSeal, seal, unseal
+
+    sealed = seal(b"state")
+    assert unseal(sealed) == b"state"
+    with pytest.raises(BrokenSeal):
+        unseal(dataclasses.replace(sealed, state=b"other"))
