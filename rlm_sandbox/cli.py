@@ -23,8 +23,8 @@ from .context import Context
 from .errors import SandboxError
 from .limits import Limits
 from .orchestrator import RLM, Listener, Policy, RunFinished, Trace
-from .protocol import Grade
-from .registry import backend_names
+from .protocol import Grade, REPLProtocol
+from .registry import backend_names, open_repl
 from .trajectory import JsonlWriter
 
 __all__ = ("main",)
@@ -55,6 +55,25 @@ Exit status:
   2    the command line cannot be parsed
   {NOT_VERIFIED}    a budget ran out: the answer is the best so far, not verified
   {INTERRUPTED}  interrupted
+"""
+
+REPL_HELP: Final = f"""A prompt into a sandbox: what is typed runs there, as a model's code would.
+
+With FILES, ctx is their text as a model finds it, and P is the text itself. Limits that are hit, and what became of the
+variables, are said in words. What is piped in is cut into cells at blank lines; each has limits of its own.
+
+\b
+Examples:
+  rlm-sandbox repl
+  rlm-sandbox repl --backend monty --time-seconds 2 moby-dick.txt
+  rlm-sandbox repl book.txt < cells.py
+
+\b
+Exit status:
+  0    the input ended, and the last piped cell had run to its end
+  {FAILED}    it could not be done, the session ended first, or the last piped cell failed
+  2    the command line cannot be parsed
+  {INTERRUPTED}  interrupted, where the input is piped
 """
 
 DOCTOR_HELP: Final = f"""Try every backend and every isolation layer on this machine.
@@ -162,6 +181,68 @@ def run(
                 _report(events.finished, events, trace, as_json)
     if not events.verified:
         raise typer.Exit(NOT_VERIFIED)
+
+
+@app.command(help=REPL_HELP, short_help="A prompt into a sandbox.")
+def repl(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Text files: ctx, and P, their text.")] = None,
+    backend: Annotated[str, typer.Option(help=f"Where the code runs: auto, {', '.join(backend_names())}.")] = "auto",
+    encoding: Annotated[str, typer.Option(help="The encoding of the files.")] = "utf-8",
+    time_seconds: Annotated[float | None, typer.Option(help="Seconds one cell may compute.")] = _LIMITS.time_seconds,
+    memory_mb: Annotated[int | None, typer.Option(help="Memory of the sandbox, in MiB.")] = _LIMITS.memory_mb,
+    trusted: Annotated[
+        bool, typer.Option("--trusted", help="Accept limits that the backend does not enforce from outside the code.")
+    ] = False,
+) -> None:
+    from .repl.cells import split_cells
+    from .repl.screen import Screen
+    from .repl.shell import Shell
+
+    typed = sys.stdin.isatty() and sys.stdout.isatty()
+    screen = Screen(Console(file=sys.stdout, highlight=False), Console(file=sys.stderr, highlight=False))
+    with contextlib.ExitStack() as open_ones:
+        with _explained(SandboxError, OSError, ValueError):
+            if backend != "auto" and backend not in backend_names():
+                raise ValueError(f"unknown backend {backend!r}; choose from auto, {', '.join(backend_names())}")
+            limits = replace(_LIMITS, time_seconds=time_seconds, memory_mb=memory_mb)
+            context = Context.from_files(files, encoding=encoding) if files else None
+            cells = [] if typed else split_cells(_standard_input())
+            accept = Grade.NONE if trusted else Grade.HARD
+            session = open_ones.enter_context(open_repl(backend, limits=limits, accept=accept, trusted=trusted))
+            if context is not None:
+                session.bind("ctx", context)
+                session.bind("P", context.whole)
+        shell = Shell(session, screen)
+        with _explained():
+            if typed:
+                from .repl.prompt import Prompt, open_history
+
+                for line in _greeting(session, context):
+                    screen.notice(line)
+                ok = shell.converse(Prompt(open_history()))
+            else:
+                ok = shell.run_all(cells)
+    if not ok:
+        raise typer.Exit(FAILED)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("standard input is not UTF-8 text; give Python code") from None
+
+
+def _greeting(session: REPLProtocol, context: Context | None) -> Iterator[str]:
+    yield f"{session.capabilities.backend}: {session.capabilities.isolation}"
+    limits = session.limits
+    time_limit = "any time" if limits.time_seconds is None else f"{limits.time_seconds:g} s"
+    memory = "any amount of memory" if limits.memory_mb is None else f"{limits.memory_mb:,} MiB"
+    yield f"limits: {time_limit} for a cell, {memory}"
+    if context is not None:
+        documents = "1 document" if context.num_documents() == 1 else f"{context.num_documents():,} documents"
+        yield f"ctx and P: {context.len_chars():,} characters in {documents}"
+    yield "Ctrl-C interrupts a cell, Ctrl-D leaves"
 
 
 @app.command(help=DOCTOR_HELP, short_help="Say what works on this machine, by trying it.")

@@ -39,8 +39,9 @@ from .orchestrator.events import (
     SubcallStarted,
 )
 from .orchestrator.replies import parse_reply
+from .results import LimitHit, State
 
-__all__ = ("ConsoleListener", "inert", "one_line")
+__all__ = ("ConsoleListener", "inert", "limit_words", "one_line", "state_words")
 
 #: Characters of a cell's output that are shown; the trajectory has the rest.
 MAX_OUTPUT_CHARS: Final = 8_000
@@ -83,6 +84,20 @@ def one_line(text: str, limit: int) -> str:
     """The beginning of ``text``, `inert`, on one line of at most ``limit`` characters."""
     line = " ".join(inert(text[: 4 * limit]).split())
     return line if len(line) <= limit and len(text) <= 4 * limit else line[: limit - 3] + "..."
+
+
+def limit_words(hit: LimitHit) -> str:
+    """A limit that was hit, in a sentence."""
+    seen = "" if hit.observed is None else f", observed {hit.observed:,.4g}"
+    return f"limit hit: {hit.kind} of {hit.limit:,.4g}{seen} (measured by the {hit.source})"
+
+
+def state_words(state: State, lost_names: tuple[str, ...] = ()) -> str:
+    """What became of the session's variables, in a sentence. `inert`: names are a guest's."""
+    if state != "lost":
+        return _STATES[state]
+    names = f" ({one_line(', '.join(lost_names), 200)})" if lost_names else ""
+    return f"state lost: the session starts again without its variables{names}"
 
 
 def _harmless(char: str) -> bool:
@@ -260,9 +275,7 @@ class ConsoleListener:
         if event.outcome == "error":
             self._line(_cut_head(inert(event.traceback or event.error or "error").rstrip("\n"), MAX_TRACEBACK_CHARS), "red")
         elif event.outcome == "limit" and event.limit is not None:
-            hit = event.limit
-            seen = "" if hit.observed is None else f", observed {hit.observed:,.4g}"
-            self._line(f"limit hit: {hit.kind} of {hit.limit:,.4g}{seen} (measured by the {hit.source})", "bold yellow")
+            self._line(limit_words(event.limit), "bold yellow")
         elif event.outcome != "ok":
             why = f": {one_line(event.error, 300)}" if event.error else ""
             self._line(f"{event.outcome}{why}", "bold red")
@@ -270,11 +283,8 @@ class ConsoleListener:
         self._line(f"cell {event.cell} {event.outcome} in {event.seconds:.2f} s", "dim")
 
     def _state(self, event: CellFinished) -> None:
-        if event.state == "lost":
-            names = f" ({one_line(', '.join(event.lost_names), 200)})" if event.lost_names else ""
-            self._line(f"state lost: the session starts again without its variables{names}", "bold red")
-        elif event.outcome not in ("ok", "error") or event.state == "restored":
-            self._line(_STATES[event.state], "bold green")
+        if event.outcome not in ("ok", "error") or event.state != "kept":
+            self._line(state_words(event.state, event.lost_names), "bold red" if event.state == "lost" else "bold green")
 
     def _batch_started(self, event: BatchStarted) -> None:
         self._wait_for(None)

@@ -60,7 +60,8 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "rlm_guest": ("runners.archive_main",),  # the guest side itself, under its name in the archive
     "pydantic_monty": ("backends.monty",),
     "openai": ("adapters",),
-    "rich": ("console", "cli", "doctor", "__main__"),
+    "prompt_toolkit": ("repl",),
+    "rich": ("console", "cli", "doctor", "repl", "__main__"),
     "typer": ("cli", "__main__"),
 }
 
