@@ -280,9 +280,13 @@ def _fixed_offset(zone: dt.tzinfo | None) -> Any:
     # __getinitargs__ has the name only when one was given.
     args = zone.__getinitargs__()  # type: ignore[attr-defined]
     name = args[1] if len(args) > 1 else None
-    if name is not None and (len(name) > MAX_OPAQUE_NAME or not _utf8_size(name)[1]):
+    if name is not None and not _can_name_a_zone(name):
         return _NOT_PLAIN  # it could not be sent exactly
     return [seconds, offset.microseconds, name]
+
+
+def _can_name_a_zone(name: str) -> bool:
+    return len(name) <= MAX_OPAQUE_NAME and _utf8_size(name)[1]
 
 
 class Decoder:
@@ -420,7 +424,7 @@ def _zone(offset: Any) -> dt.timezone | None:
     delta = dt.timedelta(seconds=offset[0], microseconds=offset[1])
     if offset[2] is None:
         return dt.timezone(delta)
-    if type(offset[2]) is not str:
+    if type(offset[2]) is not str or not _can_name_a_zone(offset[2]):
         raise WireError("a timezone is malformed")
     return dt.timezone(delta, offset[2])
 

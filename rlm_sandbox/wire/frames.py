@@ -46,12 +46,12 @@ def dump_frame(header: Any, attachments: list[Attachment], *, max_bytes: int) ->
 
     Raises:
         FrameTooLarge: it is larger than ``max_bytes``; nothing was written, the stream stays in step.
-        WireError: the header has lone surrogates outside an attachment.
+        WireError: the header has lone surrogates outside an attachment, or a float that is not finite.
     """
     try:
         head = json.dumps(header, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
-    except UnicodeEncodeError:
-        raise WireError("a header has text that is not valid Unicode") from None
+    except ValueError:  # lone surrogates, floats that are not finite
+        raise WireError("a header has a text or a number that JSON cannot carry") from None
     raw = [part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass") for part in attachments]
     if len(head) > MAX_HEADER_BYTES or len(raw) > MAX_ATTACHMENTS:
         raise FrameTooLarge("the frame's header is larger than the protocol allows")

@@ -1,6 +1,6 @@
 """What a guest may send instead of the end of its turn, by name. Every one of them is a breach: the guest dies of it.
 
-The fuzz targets start from these bytes too (``python -m tests.hostile.corpus`` writes them to ``fuzz/corpus``).
+The fuzz targets start from these bytes too.
 """
 
 from __future__ import annotations

@@ -202,6 +202,14 @@ def test_depth_is_bounded() -> None:
         Encoder().encode(loop)
 
 
+def test_a_refused_key_does_not_spoil_the_next_value() -> None:
+    """Several answers share one encoder: after a refusal inside a key, lists were taken for keys."""
+    encoder = Encoder()
+    with pytest.raises(ValueRefused):
+        encoder.encode({(object(),): 1})
+    assert Decoder(encoder.attachments).decode(encoder.encode([[1], {2}, {3: [4]}])) == [[1], {2}, {3: [4]}]
+
+
 def test_elements_are_bounded_before_they_are_visited() -> None:
     shared = [0] * 1_000
     with pytest.raises(ValueRefused):
@@ -273,7 +281,7 @@ def test_keys_without_a_secret_hash_are_bounded_on_both_sides() -> None:
         ["D", 1, 1, 1, 0, 0, 0, 0, 5, None], ["D", 1, 1, 1, 0, 0, 0, 0, 0, []], ["D", 1, 1, 1, 0, 0, 0, 0, 0, [10**30, 0, None]],
         ["D", 1, 1, 1, 0, 0, 0, 0, 0, [86_400, 0, None]], ["D", 1, 1, 1, 0, 0, 0, 0, 0, [0, 0, 1]], ["D", 1, 1, 1, 0, 0, 0, 0, True, None],
         ["Y", 2026, 2, 30], ["Y", 1.5, 1, 1], ["T", 25, 0, 0, 0, 0, None], ["E", 10**10, 0, 0], ["E", 10**400, 0, 0], ["E", 1],
-        ["Z"], ["Z", None], ["Z", [1, 2]], ["Z", 3],
+        ["Z"], ["Z", None], ["Z", [1, 2]], ["Z", 3], ["Z", [0, 0, "n" * 201]], ["Z", [0, 0, "\ud800"]],
         ["h", 1, "T", [], [], []], ["h", 1], ["h", 1, "T", [1], [], []],
     ],
     ids=lambda tree: repr(tree)[:40],

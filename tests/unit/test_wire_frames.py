@@ -228,6 +228,13 @@ def test_a_header_with_surrogates_is_refused_by_the_sender() -> None:
         dump_frame(["\ud800"], [], max_bytes=CAP)
 
 
+def test_a_float_that_json_cannot_carry_is_refused_by_the_sender() -> None:
+    """1e999 is read as infinity; found by fuzzing."""
+    ((header, _),) = read_all(raw_frame(b"[1e999]"))
+    with pytest.raises(WireError):
+        dump_frame(header, [], max_bytes=CAP)
+
+
 # ---- version 1 for ever
 
 GOLDEN: list[tuple[list[Any], list[Attachment], str]] = [
