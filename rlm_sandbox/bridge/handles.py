@@ -12,7 +12,7 @@ import itertools
 import logging
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..binding import Exposed
@@ -158,6 +158,15 @@ class HandleTable:
         """Forget the handles given out since ``mark`` (the guest that held them is gone)."""
         for handle in [handle for handle in self._bound if handle >= mark]:
             del self._bound[handle]
+
+    def copy(self, targets: Mapping[int, Any]) -> HandleTable:
+        """A table with the same handles, for a copy of the session. ``targets``: other host objects for some of them."""
+        table = HandleTable()
+        table._next = self._next
+        table._bound = {
+            handle: replace(bound, target=targets[handle]) if handle in targets else bound for handle, bound in self._bound.items()
+        }
+        return table
 
     def resolve(self, handle: int, method: str | None, args: Any, kwargs: Any) -> HostCall:
         """Check one request against the table.

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from rlm_sandbox import BackendUnavailable, Limits, PoolTimeout, REPLProtocol, open_repl
+from rlm_sandbox import (
+    BackendUnavailable,
+    Context,
+    GuestCrashed,
+    Limits,
+    PoolTimeout,
+    REPLProtocol,
+    SupportsCheckpoint,
+    SupportsFork,
+    open_repl,
+)
 from rlm_sandbox.options import MontyOptions
 from rlm_sandbox.registry import Availability, load_backend
 
@@ -223,3 +233,63 @@ def test_what_was_sealed_elsewhere_is_not_loaded() -> None:
     assert unseal(sealed) == b"state"
     with pytest.raises(BrokenSeal):
         unseal(dataclasses.replace(sealed, state=b"other"))
+
+
+# ---- copies of a session
+
+
+def test_a_fork_has_the_same_state_and_goes_its_own_way() -> None:
+    options = MontyOptions(max_processes=1)
+    context = Context.from_text("one two three")
+    with open_repl("monty", options=options) as repl:
+        repl.bind("ctx", context)
+        repl.bind("ask", str.upper)
+        repl.bind("P", context.whole)
+        assert isinstance(repl, SupportsFork)
+        repl.exec("x = [1]\nkeep = ctx\ndef f(): return ask('a'), len(x)")
+        with repl.fork() as copy:
+            assert copy.exec("x.append(2)\nf(), keep.slice(0, 3), len(ctx), ctx.find('t.o', regex=True)[0][2], P[4:7]").value == (
+                "(('A', 2), 'one', 13, 'two', 'two')"
+            )
+            assert repl.exec("f(), ctx.find('t.o', regex=True)[0][2]").value == "(('A', 1), 'two')"
+            assert copy.capabilities == repl.capabilities
+            assert set(copy.names()) == {"x", "keep", "f"}
+        assert repl.exec("x").value == "[1]"
+
+
+def test_a_checkpoint_brings_back_variables_and_bindings() -> None:
+    with open_repl("monty") as repl:
+        assert isinstance(repl, SupportsCheckpoint)
+        repl.bind("ask", str.upper)
+        repl.exec("x = 1")
+        first = repl.checkpoint()
+        repl.bind("ask", str.lower)
+        repl.exec("x = 2\ny = 3")
+        second = repl.checkpoint()
+        repl.restore(first)
+        assert repl.exec("x, ask('aB')").value == "(1, 'AB')"
+        assert repl.get("y") is None
+        repl.restore(second)
+        assert repl.exec("x, y, ask('aB')").value == "(2, 3, 'ab')"
+        killed = repl.exec("x = 9\nwhile True: pass", limits=Limits(time_seconds=0.2))
+        assert killed.state == "restored"
+        assert repl.get("x") == 2
+        with pytest.raises(ValueError, match="no such checkpoint"):
+            repl.restore("0" * 16)
+
+
+def test_a_checkpoint_that_was_changed_is_not_loaded() -> None:
+    import dataclasses
+
+    with open_repl("monty") as repl:
+        repl.exec("x = 1")
+        key = repl.checkpoint()  # type: ignore[attr-defined]
+        moment = repl._checkpoints[key]  # type: ignore[attr-defined]
+        point = moment.interpreter.point
+        forged = dataclasses.replace(point, state=dataclasses.replace(point.state, state=point.state.state[:-1] + b"\0"))
+        repl._checkpoints[key] = dataclasses.replace(  # type: ignore[attr-defined]
+            moment, interpreter=dataclasses.replace(moment.interpreter, point=forged)
+        )
+        with pytest.raises(GuestCrashed):
+            repl.restore(key)  # type: ignore[attr-defined]
+        assert repl.exec("1").value == "1"

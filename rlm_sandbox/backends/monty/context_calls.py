@@ -26,6 +26,10 @@ class BoundContext:
         self._max_chars = max_chars
         self.search = SearchProcess(context)
 
+    def copy(self) -> BoundContext:
+        """The same context with a search process of its own."""
+        return BoundContext(self._context, self._max_chars)
+
     def exposed(self) -> Exposed:
         """This object with the allow-list of a context."""
         return Exposed(self, frozenset(CONTEXT_METHODS), frozenset(), frozenset(CONTEXT_OPERATORS), "Context")

@@ -87,6 +87,18 @@ class HostDoor:
             self.unbind(name)
         self.forget_since(0)
 
+    def copy(self) -> HostDoor:
+        """A door to the same host objects under the same ids, for a copy of the interpreter's state."""
+        door = HostDoor(self._value_bytes)
+        door._contexts = {handle: context.copy() for handle, context in self._contexts.items()}
+        door.table = self.table.copy(door._contexts)
+        door.operators = dict(self.operators)
+        door._functions = dict(self._functions)
+        door._objects = dict(self._objects)
+        door._names = dict(self._names)
+        door._classes = dict(self._classes)
+        return door
+
     def forget_since(self, mark: int) -> None:
         """Forget handles given out since ``mark``, of `HandleTable.mark`."""
         for ref in list(self._objects.values()):

@@ -20,7 +20,7 @@ from .sealed import Sealed, seal, unseal
 from .turn import Turn, TurnStopped
 from .worker import Worker
 
-__all__ = ("OWN_NAMES", "FeedEnded", "Interpreter", "Point")
+__all__ = ("OWN_NAMES", "FeedEnded", "Interpreter", "Origin", "Point")
 
 #: Names of the intrinsics, which are no variables of the guest until it makes them some.
 OWN_NAMES: Final = frozenset({"HostCallError", "session_names"})
@@ -56,10 +56,19 @@ class Point:
     names: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a copy of an interpreter begins with."""
+
+    point: Point
+    sources: dict[int, tuple[str, str]]
+    mark: str
+
+
 class Interpreter:
     """Used by one thread at a time. ``names`` are the variables the guest may have, as far as the host knows."""
 
-    def __init__(self, slot: Slot, limits: Limits, *, recovery: bool) -> None:
+    def __init__(self, slot: Slot, limits: Limits, *, recovery: bool, origin: Origin | None = None) -> None:
         self._slot = slot
         self._limits = limits
         self._recovery = recovery
@@ -67,7 +76,13 @@ class Interpreter:
         self._sources: dict[int, tuple[str, str]] = {}
         self._parked: Point | None = None
         self._empty(slot.new_worker(limits))
-        self._begin()
+        if origin is None:
+            self._begin()
+            return
+        self._mark = origin.mark
+        self._sources.update(origin.sources)
+        if not self._load(origin.point):
+            raise RuntimeError("the state could not be loaded into a new worker")
 
     def _empty(self, worker: Worker) -> None:
         self.worker = worker
@@ -199,6 +214,9 @@ class Interpreter:
     def go_to(self, point: Point) -> bool:
         """Replace the worker by one in the state of ``point``. False if that cannot be loaded."""
         self._replace()
+        return self._load(point)
+
+    def _load(self, point: Point) -> bool:
         worker = self.worker
         done: SimpleQueue[Any] = SimpleQueue()
         worker.submit(lambda: worker.load(unseal(point.state)), done)
@@ -223,6 +241,11 @@ class Interpreter:
         self.worker.close()
         self._slot.acquire()
         self._empty(self._slot.new_worker(self._limits))
+
+    def origin(self) -> Origin | None:
+        """What a copy of this interpreter begins with, None if the state cannot be dumped. Between feeds."""
+        point = self.present()
+        return None if point is None else Origin(point, dict(self._sources), self._mark)
 
     # ---- parking
 

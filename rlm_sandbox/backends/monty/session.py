@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import secrets
 import threading
 import time
 import weakref
@@ -37,14 +38,16 @@ from ...wire.codec import ValueRefused
 from . import values
 from .cells import Cell, read_cell
 from .host_calls import HostDoor
-from .interpreter import OWN_NAMES, FeedEnded, Interpreter
+from .interpreter import OWN_NAMES, FeedEnded, Interpreter, Origin
 from .pool import Slot
 from .turn import Clock, Turn, TurnStopped
+from .worker import MAX_DUMP_BYTES
 
 __all__ = ("MontySession",)
 
 #: Reasons of `TurnStopped` that are limits.
 _LIMIT_FIELDS: Final = ("time_seconds", "wall_seconds", "session_seconds", "host_calls", "value_bytes")
+_MAX_CHECKPOINTS: Final = 64
 _AT_ITS_END: Final = "reached its session_seconds"
 
 
@@ -66,10 +69,21 @@ class _Verdict:
     exit_status: int | None = None
 
 
-class MontySession:
-    """See `REPLProtocol`."""
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """A session's state: of its interpreter, and what it can reach on the host."""
 
-    def __init__(self, config: SessionConfig, slot: Slot, capabilities: Capabilities) -> None:
+    interpreter: Origin
+    door: HostDoor
+    bindings: dict[str, _Bound]
+    texts: dict[str, Context]
+
+
+class MontySession:
+    """See `REPLProtocol`, `SupportsFork` and `SupportsCheckpoint`."""
+
+    def __init__(self, config: SessionConfig, slot: Slot, capabilities: Capabilities, origin: _Moment | None = None) -> None:
+        self._config = config
         self._limits = config.limits
         self._setup = config.setup
         self._capabilities = capabilities
@@ -88,9 +102,14 @@ class MontySession:
         self._unreported: tuple[str, ...] | None = None
         self._slot = slot
         self._in_call = False
-        self._interpreter = Interpreter(slot, config.limits, recovery=config.recovery)
+        self._checkpoints: dict[str, _Moment] = {}
+        at = None if origin is None else origin.interpreter
+        self._interpreter = Interpreter(slot, config.limits, recovery=config.recovery, origin=at)
         try:
-            self._start()
+            if origin is None:
+                self._start()
+            else:
+                self._adopt(origin)
         except BaseException:
             self._end("could not be opened")
             raise
@@ -517,6 +536,70 @@ class MontySession:
         self._door.clear()
         self._pool.close()
         self._texts.clear()
+        self._checkpoints.clear()
+
+    # ---- copies of the state
+
+    def fork(self) -> MontySession:
+        """See `SupportsFork.fork`. The copy has the same host objects; its ``session_seconds`` begin now.
+
+        Raises:
+            LimitExceeded: the heap is too large to be copied.
+            PoolTimeout: every worker is running a cell.
+        """
+        with self._entered():
+            moment = self._moment()
+        slot = self._slot.pool.slot()
+        try:
+            return MontySession(self._config, slot, self._capabilities, moment)
+        except (monty.MontyError, OSError, RuntimeError) as exc:
+            slot.release()
+            raise GuestCrashed(f"the session could not be copied ({type(exc).__name__}); it is unchanged", state="kept") from exc
+        except BaseException:
+            slot.release()
+            raise
+
+    def checkpoint(self) -> str:
+        """See `SupportsCheckpoint.checkpoint`. Kept in the host's memory; beyond 64 the oldest goes.
+
+        Raises:
+            LimitExceeded: the heap is too large to be copied.
+        """
+        with self._entered():
+            key = secrets.token_hex(8)
+            self._checkpoints[key] = self._moment()
+            if len(self._checkpoints) > _MAX_CHECKPOINTS:
+                del self._checkpoints[next(iter(self._checkpoints))]
+            return key
+
+    def restore(self, checkpoint: str) -> None:
+        """See `SupportsCheckpoint.restore`. Bindings go back too.
+
+        Raises:
+            ValueError: there is no such checkpoint of this session.
+            GuestCrashed: it could not be loaded; the session is empty.
+        """
+        with self._entered():
+            moment = self._checkpoints.get(checkpoint)
+            if moment is None:
+                raise ValueError("there is no such checkpoint of this session; take one with checkpoint()")
+            self._unreported = None
+            if not self._interpreter.go_to(moment.interpreter.point):
+                self._rebuild(None)
+                raise GuestCrashed("the checkpoint could not be loaded; the session is empty", state="lost")
+            self._door.clear()
+            self._adopt(moment)
+
+    def _moment(self) -> _Moment:
+        origin = self._interpreter.origin()
+        if origin is None:
+            raise LimitExceeded("value_bytes", float(MAX_DUMP_BYTES))
+        return _Moment(origin, self._door.copy(), dict(self._bindings), dict(self._texts))
+
+    def _adopt(self, moment: _Moment) -> None:
+        self._door = moment.door.copy()
+        self._bindings = dict(moment.bindings)
+        self._texts = dict(moment.texts)
 
     # ---- binding
 
