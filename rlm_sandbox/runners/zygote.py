@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import resource
 import signal
 import socket
 from typing import Final
@@ -41,6 +42,23 @@ def _own_sizes(proc: int) -> tuple[int, int]:
         os.close(fd)
     sizes = {line.partition(":")[0]: line.split() for line in lines}
     return int(sizes["VmData"][1]) * 1024, int(sizes["VmSize"][1]) * 1024
+
+
+def _tasks_are_counted() -> bool:
+    """Whether RLIMIT_NPROC binds here. The kernel exempts its own uid 0, also in a user namespace that maps only that."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            raw.unshare(raw.CLONE_NEWUSER)
+            resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+            try:
+                os.fork()
+            except BlockingIOError:
+                os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    return status == 0
 
 
 def _limit(message: control.Message, name: str) -> int | None:
@@ -82,6 +100,9 @@ def main(control_fd: int, proc: int, kernel_ids: int) -> int:
     raw.limit_malloc_arenas(_ARENAS)
     for name in PRELOADED:
         importlib.import_module(name)
+    if not _tasks_are_counted():
+        control.send(host, {"op": "failed", "error": "it does not count the tasks of root in this user namespace", "errno": 0})
+        return 1
     worker.prepare()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors that end are reaped by the kernel

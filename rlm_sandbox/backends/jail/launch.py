@@ -48,6 +48,8 @@ def _check_platform() -> None:
 def _remedy(error: str, number: int) -> str:
     if number == 28:  # ENOSPC: user.max_user_namespaces
         return "run: sysctl user.max_user_namespaces=10000"
+    if "root" in error:
+        return "run as an ordinary user, or as root of a user namespace that maps all ids"
     if "unshare" in error or number in (1, 13):
         return (
             "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, or on Ubuntu "
