@@ -239,6 +239,7 @@ class FramedSession:
     @contextmanager
     def _call(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
+            self._check_open()  # a `close` on another thread holds the lock while it frees
             raise SessionBusy("the session is running another call; wait for it, or use one session per thread")
         try:
             self._check_open()
@@ -412,9 +413,9 @@ class FramedSession:
         if limit is None:
             return None
         headroom = self._guest.memory_headroom_mb()
-        if headroom is not None and headroom >= max(_HEADROOM_MB, limit * _HEADROOM_SHARE):
-            return None
-        return LimitHit("memory_mb", limit, None if headroom is None else round(limit - headroom, 1), "host")
+        if headroom is None or headroom >= max(_HEADROOM_MB, limit * _HEADROOM_SHARE):
+            return None  # None: the worker is gone, which is not for want of memory, and is reported by itself
+        return LimitHit("memory_mb", limit, round(limit - headroom, 1), "host")
 
     def _burnt_between_turns(self, cpu_now: float | None) -> float:
         """CPU seconds that threads of the guest used while its standby was made, beyond what making it may cost."""

@@ -90,6 +90,7 @@ class HostPool:
                     return
                 context, call, on_done = self._queue.popleft()
             on_done(context.run(run_call, call))
+            del context, call, on_done  # an idle thread would keep the arguments and the session alive
 
     def _submit_async(self, context: contextvars.Context, call: HostCall, on_done: Callable[[Outcome], None]) -> None:
         async def run() -> None:
