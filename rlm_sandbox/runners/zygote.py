@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from typing import Final
 
 from ..confine import _syscalls_unsafe as raw
@@ -110,7 +111,7 @@ def main(control_fd: int, proc: int, kernel_ids: int) -> int:
     sizes = _own_sizes(proc)
     gc.collect()
     gc.freeze()
-    control.send(host, {"op": "ready", "kernel_ids": kernel_ids})
+    control.send(host, {"op": "ready", "kernel_ids": kernel_ids, "python": list(sys.version_info[:3])})
     while True:
         request = control.receive(host)
         if request is None:

@@ -11,7 +11,7 @@ from typing import Final
 
 import psutil
 
-from rlm_sandbox import ExecResult, REPLProtocol
+from rlm_sandbox import ExecResult, Limits, REPLProtocol
 from rlm_sandbox.results import Outcome, State
 
 __all__ = (
@@ -182,9 +182,11 @@ def assert_contained(repl: REPLProtocol, attack: Attack, processes: SessionProce
     if attack.tools:
         assert repl.exec(TOOLS).ok
     assert repl.exec("x = {'kept': [41]}").ok
-    limit = repl.limits.time_seconds or 0.0
+    # A cell that is to end by itself has time to do so on a loaded machine; one that is to be ended is ended soon.
+    narrow = Limits(time_seconds=1.0) if "limit" in attack.outcomes else None
+    limit = repl.limits.narrowed(narrow).time_seconds or 0.0
     with within(limit + RECOVERY_SECONDS):
-        result = repl.exec(attack.code)
+        result = repl.exec(attack.code, limits=narrow)
     assert result.outcome in attack.outcomes, f"{result.outcome}: {result.error}"
     assert result.state in attack.states, f"{result.state}, lost {result.lost_names}"
     with within(limit + RECOVERY_SECONDS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +11,7 @@ import pytest
 
 from rlm_sandbox import REPLProtocol
 
+from .conftest import SMALL, OpenJail
 from .outside import KEPT, RESTORED, SURVIVED, Attack, Listener, SessionProcesses, assert_contained, everything_said
 
 _ENDED: Final = ("limit",)
@@ -184,8 +186,8 @@ ATTACKS: Final = (
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.id)
-def test_a_hostile_cell_costs_only_itself(repl: REPLProtocol, processes: SessionProcesses, attack: Attack) -> None:
-    assert_contained(repl, attack, processes)
+def test_a_hostile_cell_costs_only_itself(open_jail: OpenJail, processes: SessionProcesses, attack: Attack) -> None:
+    assert_contained(open_jail(replace(SMALL, time_seconds=10.0)), attack, processes)
 
 
 def test_the_cases_have_names_of_their_own() -> None:

@@ -77,7 +77,8 @@ class Zygote:
             ]  # fmt: skip
             self._process = subprocess.Popen(
                 command,
-                env={},
+                # A Python that needs this to find its library needs it once: the launcher is no guest, and passes nothing on.
+                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -105,6 +106,13 @@ class Zygote:
             if message["op"] == "maps":
                 self._write_maps(int(message["uid"]), int(message["gid"]), int(message["count"]))
                 control.send(self._sock, {"op": "mapped"})
+            elif message["op"] == "ready" and message.get("python") != list(sys.version_info[:3]):
+                version = ".".join(map(str, message.get("python") or ["?"]))
+                raise BackendUnavailable(
+                    _NAME,
+                    f"its interpreter turned out to be Python {version}, not this one's {platform.python_version()}",
+                    "use an interpreter that finds its own library without LD_LIBRARY_PATH",
+                )
             elif message["op"] == "ready":
                 self._kernel_ids = int(message["kernel_ids"])
                 return
