@@ -278,7 +278,12 @@ def plain_copy(value: Any, *, max_bytes: int | None, fallback: Callable[[Any], A
         ValueRefused: it is not plain data, or too large, deep or many.
     """
     encoder = Encoder(max_bytes=max_bytes) if fallback is None else Encoder(fallback, max_bytes=max_bytes)
-    tree = encoder.encode(value)
+    try:
+        tree = encoder.encode(value)
+    except ValueRefused:
+        raise
+    except Exception as exc:  # foreign classes, and dicts that other threads change, raise what they like
+        raise ValueRefused(f"it could not be read ({type(exc).__name__})") from exc
     try:
         return Decoder(encoder.attachments, allow_handles=True).decode(tree)
     except WireError as exc:

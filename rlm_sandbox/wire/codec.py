@@ -238,11 +238,16 @@ def _plain_base(value: Any) -> Any:
         return set(set.__iter__(value))
     if issubclass(kind, frozenset):
         return frozenset(frozenset.__iter__(value))
-    if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
-        plain = value.item()
-        if type(plain) in (bool, int, float, str, bytes):
-            return plain
-    return _NOT_PLAIN
+    return _numpy_scalar(value) if kind.__module__ == "numpy" else _NOT_PLAIN
+
+
+def _numpy_scalar(value: Any) -> Any:
+    """The plain value of a numpy scalar; any class may call itself numpy's, and then its own code runs here."""
+    try:
+        plain = value.item() if getattr(value, "shape", None) == () else _NOT_PLAIN
+    except Exception:  # noqa: BLE001 - foreign code
+        return _NOT_PLAIN
+    return plain if type(plain) in (bool, int, float, str, bytes) else _NOT_PLAIN
 
 
 def _temporal(value: Any) -> list[Any] | None:
