@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BACKEND ?= auto
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
 
 BIN := $(VENV)/bin
 DEMO_EXTRAS := $(if $(filter monty,$(BACKEND)),[monty],)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench fuzz clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +33,16 @@ bench: $(VENV)/.dev  ## the benchmarks, as JSON lines
 	@set -e; for bench in $(wildcard benchmarks/bench_*.py); do $(BIN)/python $$bench; done
 	$(if $(wildcard benchmarks/bench_*.py),,@echo 'there are no benchmarks yet' >&2)
 
+fuzz: $(VENV)/.fuzz  ## coverage-guided fuzzing of frames, codec and bridge arguments, one after another (FUZZ_SECONDS=60 each)
+	@set -e; for target in frames codec handles; do \
+		mkdir -p .fuzz/$$target; \
+		echo "== $$target"; \
+		$(BIN)/python fuzz/fuzz_$$target.py .fuzz/$$target fuzz/corpus/$$target \
+			-max_total_time=$(FUZZ_SECONDS) -artifact_prefix=.fuzz/$$target- -print_final_stats=1; \
+	done
+
 clean:  ## remove what the targets above made
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -43,6 +52,10 @@ $(BIN)/python:
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(VENV)/.fuzz: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
 	@touch $@
 
 $(VENV)/.demo-$(BACKEND): pyproject.toml | $(BIN)/python

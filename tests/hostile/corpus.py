@@ -1,6 +1,6 @@
 """What a guest may send instead of the end of its turn, by name. Every one of them is a breach: the guest dies of it.
 
-The fuzz targets start from these bytes too.
+The fuzzer of frames starts from the small ones (``python -m tests.hostile.corpus`` writes them to ``fuzz/corpus/frames``).
 """
 
 from __future__ import annotations
@@ -190,10 +190,10 @@ BREACHES: Final = {
 }
 
 
-def write(directory: Path, limit: int = 4_096) -> None:
-    """Put the small ones where the fuzzers start from."""
+def write(directory: Path, limit: int = 400) -> None:
+    """Put the small ones where the fuzzer of frames starts from."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name, data in BREACHES.items():
+    for name, data in {**FRAMES, **VALUES}.items():
         if len(data) <= limit:
             (directory / f"{''.join(c if c.isalnum() else '-' for c in name)}.bin").write_bytes(data)
 
