@@ -320,14 +320,15 @@ _INTERRUPTED = """
     from rlm_sandbox.testing import FakeREPL
     url, path, backend, seconds = sys.argv[1:]
     where = {"repl_factory": FakeREPL} if backend == "fake" else {"repl_backend": backend}
-    rlm = RLM(
-        OpenAIAdapter("m", base_url=url, api_key="k", max_retries=100), listeners=[JsonlWriter(path)],
-        policy=Policy(max_seconds=float(seconds) or None), limits=Limits(time_seconds=50), **where,
-    )
-    try:
-        rlm.run("q", "hay")
-    except KeyboardInterrupt:
-        sys.exit(77)
+    with JsonlWriter(path) as writer:
+        rlm = RLM(
+            OpenAIAdapter("m", base_url=url, api_key="k", max_retries=100), listeners=[writer],
+            policy=Policy(max_seconds=float(seconds) or None), limits=Limits(time_seconds=50), **where,
+        )
+        try:
+            rlm.run("q", "hay")
+        except KeyboardInterrupt:
+            sys.exit(77)
 """
 _BUSY = "```repl\nprint('seen', flush=True)\nwhile True:\n    pass\n```"
 _OBSTINATE = (
