@@ -140,8 +140,9 @@ def test_each_decision_is_listed_once() -> None:
     folder = ROOT / "docs" / "decisions"
     pages = sorted(path.name for path in folder.glob("[0-9]*.md"))
     assert re.findall(r"\]\((\d{4}-[\w-]+\.md)\)", (folder / "README.md").read_text("utf-8")) == pages
-    for number, name in enumerate(pages, 1):
-        assert name.startswith(f"{number:04}-")
+    # Unique, not consecutive: work that goes on side by side takes numbers from ranges of its own.
+    assert len({name[:4] for name in pages}) == len(pages)
+    for name in pages:
         text = (folder / name).read_text("utf-8")
         for part in ("Problem", "Decision", "Why", "What it costs", "Residual risk"):
             assert f"**{part}.**" in text, f"{name} has no {part}"

@@ -293,3 +293,33 @@ def test_a_checkpoint_that_was_changed_is_not_loaded() -> None:
         with pytest.raises(GuestCrashed):
             repl.restore(key)  # type: ignore[attr-defined]
         assert repl.exec("1").value == "1"
+
+
+# ---- the host's other threads
+
+
+def test_a_catastrophic_pattern_does_not_hold_up_other_threads() -> None:
+    worst = 0.0
+    done = threading.Event()
+
+    def tick() -> None:
+        nonlocal worst
+        while not done.is_set():
+            start = time.monotonic()
+            time.sleep(0.005)
+            worst = max(worst, time.monotonic() - start)
+
+    with open_repl("monty", limits=Limits(time_seconds=1)) as repl, open_repl("monty") as other:
+        repl.bind("ctx", Context.from_text("a" * 5_000 + "b"))
+        thread = threading.Thread(target=tick)
+        thread.start()
+        running = threading.Thread(target=repl.exec, args=("ctx.find(r'(a|aa)+$', regex=True)",))
+        running.start()
+        answers = 0
+        while running.is_alive():
+            assert other.exec("1 + 1").value == "2"
+            answers += 1
+        done.set()
+        thread.join()
+    assert answers > 10
+    assert worst < 0.5, "a match that held the interpreter's lock would take the whole second"

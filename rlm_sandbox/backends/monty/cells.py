@@ -17,6 +17,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from ...protocol import Feature
+from .remedy import remedy
+
 __all__ = ("ECHO", "OPERATOR_METHODS", "SLICE_METHOD", "Cell", "read_cell")
 
 ECHO: Final = "_rlm_echo"
@@ -71,7 +74,7 @@ def read_cell(code: str, objects: Mapping[str, Collection[str]]) -> Cell:
                 return Cell(
                     code,
                     problem=f"ValueError: line {node.lineno}: a text with lone surrogates does not exist in this language "
-                    f"subset; use a backend whose capabilities list cpython",
+                    f"subset; {remedy(Feature.CPYTHON)}",
                 )
     stray = _stray_return(tree) if ast.Return in kinds else None
     if stray is not None:

@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import pydantic_monty as monty
 
+from .remedy import with_remedy
+
 __all__ = ("Ending", "Failure", "read_failure", "traceback_text")
 
 MAX_ERROR_CHARS: Final = 10_000
@@ -16,10 +18,6 @@ _SHOWN_FRAMES: Final = 12
 _FILE: Final = re.compile(r"<python-input-(\d{1,12})>")
 _NUMBERS: Final = re.compile(r"memory limit exceeded: (\d{1,20}) bytes > \d{1,20} bytes")
 _WORKER_MEMORY: Final = "the worker exceeded its memory limit and was terminated"
-#: How the engine names what it lacks, and the declared feature that has it.
-_FEATURES: Final = (
-    ("class inheritance", "inheritance"), ("yield", "generators"), ("'del'", "del"), ("async context", "cpython"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ def read_failure(exc: BaseException, alive: bool, sources: Mapping[int, tuple[st
     if isinstance(exc, monty.MontyRuntimeError | monty.MontySyntaxError):
         text = exc.display("type-msg")
         name, _, message = text.partition(": ")
-        failure = Failure(_bounded(_with_remedy(name, text)), "")
+        failure = Failure(_bounded(with_remedy(name, text)), "")
         if name == "MemoryError" and not alive and message == _WORKER_MEMORY:
             return Ending("memory", failure)
         if not alive:
@@ -73,13 +71,6 @@ def _bounded(text: str) -> str:
         return text
     half = MAX_ERROR_CHARS // 2
     return f"{text[:half]} ... ({len(text) - 2 * half} characters left out) ... {text[-half:]}"
-
-
-def _with_remedy(name: str, text: str) -> str:
-    if name != "NotImplementedError" or not any(words in text[:200] for words in ("not yet support", "not supported")):
-        return text
-    feature = next((feature for words, feature in _FEATURES if words in text), "cpython")
-    return f"{text}; use a backend whose capabilities list {feature!r}"
 
 
 def traceback_text(frames: list[Any], error: str, sources: Mapping[int, tuple[str, str]]) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, Final
 
 import pydantic_monty as monty
 
 from ...bridge.handles import CallFailed, CallRefused, CallReturned, HandleTable, HostCall, Outcome
 from ...context import Context
+from ...protocol import Feature
 from ...wire.codec import HandleRef, ValueRefused
 from . import values
 from .cells import OPERATOR_METHODS, SLICE_METHOD
 from .context_calls import CONTEXT_ERRORS, BoundContext
+from .remedy import remedy
 
 __all__ = ("HostDoor",)
 
@@ -187,13 +190,13 @@ class HostDoor:
 
     def is_search(self, call: HostCall) -> bool:
         """True for a regular expression over a context: it runs in a process of its own."""
-        owner = getattr(call.function, "__self__", None)
+        owner = _owner(call)
         return isinstance(owner, BoundContext) and owner.searches(getattr(call.function, "__name__", ""), dict(call.kwargs))
 
     @staticmethod
     def is_guest_work(call: HostCall) -> bool:
         """True for the context's own methods: what they take is the guest's time."""
-        owner = getattr(call.function, "__self__", None) or (call.args[0] if call.args else None)
+        owner = call.args[0] if call.args and _owner(call) is None else _owner(call)
         return isinstance(owner, BoundContext)
 
     # ---- to the guest
@@ -242,8 +245,13 @@ _MISSING_BUILTINS: Final = frozenset(
 )  # fmt: skip
 
 
+def _owner(call: HostCall) -> Any:
+    """The object of a method. Host objects are not asked for it, nor whether they are true: that may be code that raises."""
+    return call.function.__self__ if type(call.function) is MethodType else None
+
+
 def _unknown_name(name: str) -> str:
     text = f"name {name[:200]!r} is not defined"
     if name in _MISSING_BUILTINS:
-        text += " in this subset of Python; use a backend whose capabilities list 'cpython'"
+        text += f" in this subset of Python; {remedy(Feature.CPYTHON)}"
     return text

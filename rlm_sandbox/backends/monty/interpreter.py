@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from ...errors import SandboxError
 from ...limits import Limits
 from ...results import Stream
 from . import values
-from .failures import Ending, read_failure
+from .failures import Ending, Failure, read_failure
 from .pool import Slot
 from .sealed import Sealed, seal, unseal
-from .turn import Turn, TurnStopped
+from .turn import EngineFailed, Turn, TurnStopped
 from .worker import Worker
 
 __all__ = ("OWN_NAMES", "FeedEnded", "Interpreter", "Origin", "Point")
+
+log: Final = logging.getLogger("rlm_sandbox.host_calls")
 
 #: Names of the intrinsics, which are no variables of the guest until it makes them some.
 OWN_NAMES: Final = frozenset({"HostCallError", "session_names"})
@@ -108,6 +111,7 @@ class Interpreter:
         self._feeds = 1
         self._sources.clear()
         self._point = Point(state, 1, frozenset()) if self._recovery else None
+        self._slot.worker_is_ready()
 
     # ---- feeds
 
@@ -139,10 +143,14 @@ class Interpreter:
             return turn.run(lambda: session.feed_start(source, inputs=inputs, print_callback=listen or _nowhere))
         except TurnStopped as exc:
             raise FeedEnded(None, exc) from None
+        except EngineFailed as exc:
+            raise FeedEnded(read_failure(exc.error, self.worker.alive, self._sources), None) from None
+        except SandboxError:
+            raise
         except Exception as exc:
-            if isinstance(exc, SandboxError) or not _is_engines(exc):
-                raise
-            raise FeedEnded(read_failure(exc, self.worker.alive, self._sources), None) from None
+            log.exception("a cell was ended because the host could not answer it")
+            failure = Failure(f"the host could not answer the cell ({type(exc).__name__}); its log has the reason", "")
+            raise FeedEnded(Ending("died", failure), None) from None
 
     def take(self, turn: Turn, names: tuple[str, ...]) -> dict[str, Any]:
         """The plain values of those variables that exist.
@@ -224,6 +232,7 @@ class Interpreter:
             _, exc = done.get(timeout=_LOAD_SECONDS)
         except Empty:
             return False
+        self._slot.worker_is_ready()
         if exc is not None:
             return False
         self._feeds = point.feeds
@@ -291,8 +300,3 @@ def _point(worker: Worker, feeds: int, names: frozenset[str]) -> Point | None:
 
 def _nowhere(stream: Stream, text: str) -> None:
     """Output of reading a value has no result to appear in."""
-
-
-def _is_engines(exc: Exception) -> bool:
-    # Engine calls raise MontyError, and builtin errors for a session that is gone or a value beyond its frames.
-    return type(exc).__module__.startswith("pydantic_monty") or isinstance(exc, RuntimeError | ValueError | TypeError | OSError)

@@ -104,7 +104,6 @@ class Pool:
         worker = self._take_spare(kind)
         if worker is None:
             worker = self._on_spawner(lambda: Worker(self._engine, *kind))
-        self._refill(kind)
         try:
             worker.confine(limits.session_seconds)
         except BaseException:
@@ -127,8 +126,12 @@ class Pool:
             worker.close()
         return found
 
-    def _refill(self, kind: _Kind) -> None:
+    def refill(self) -> None:
+        """Have spare workers started for those taken. Apart from `worker`: starting one takes the time of a core."""
         with self._lock:
+            kind = self._kind
+            if kind is None:
+                return
             missing = self._spares_wanted - len(self._spares) - self._coming
             self._coming += max(0, missing)
         for _ in range(missing):
@@ -239,6 +242,10 @@ class Slot:
     def release(self) -> None:
         """Give the place back. Idempotent."""
         self.pool.release(self.hold)
+
+    def worker_is_ready(self) -> None:
+        """The worker that was asked for has its state: the next one may be started."""
+        self.pool.refill()
 
 
 _pools: Final[dict[tuple[int, int, int, str | None], Pool]] = {}

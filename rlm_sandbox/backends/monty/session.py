@@ -238,6 +238,7 @@ class MontySession:
             raise
         finally:
             self._turn, self._cell_names = None, frozenset()
+        elapsed = clock.elapsed  # recovery is no part of the cell
         state: State = "kept"
         lost: tuple[str, ...] = ()
         if verdict.outcome in ("ok", "error") or (ended is not None and ended.idle):
@@ -258,7 +259,7 @@ class MontySession:
             dropped_bytes=capture.dropped,
             read=found if verdict.outcome in ("ok", "error") else {},
             usage=Usage(
-                time_seconds=clock.guest_seconds, wall_seconds=clock.elapsed, output_bytes=capture.total, host_calls=turn.host_calls
+                time_seconds=clock.guest_seconds, wall_seconds=elapsed, output_bytes=capture.total, host_calls=turn.host_calls
             ),
             protected=protected,
         )

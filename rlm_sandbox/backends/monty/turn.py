@@ -20,13 +20,15 @@ import pydantic_monty as monty
 
 from ...bridge.handles import HostCall, Outcome, run_call
 from ...bridge.host_pool import HostPool
+from ...protocol import Feature
 from ...results import OutputChunk, Stream
 from .alarms import alarms, signal_watch
 from .host_calls import Answer, HostDoor
 from .pool import INSIDE
+from .remedy import remedy
 from .worker import Worker
 
-__all__ = ("Clock", "Turn", "TurnStopped")
+__all__ = ("Clock", "EngineFailed", "Turn", "TurnStopped")
 
 log: Final = logging.getLogger("rlm_sandbox.output")
 
@@ -43,6 +45,14 @@ class TurnStopped(Exception):
         super().__init__(reason)
         self.reason = reason
         self.observed = observed
+
+
+class EngineFailed(Exception):
+    """An engine call raised ``error``: never an exception of the host's own code, whose text the guest may not see."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 @dataclass(slots=True)
@@ -129,15 +139,15 @@ class Turn:
     def stop(self, reason: str) -> None:
         """End the cell. From any thread."""
         with self._lock:
-            if self._call:
-                self._kill(TurnStopped(reason))
+            self._end(TurnStopped(reason))
         self._mailbox.put((STOP, reason))
 
-    def _kill(self, stopped: TurnStopped) -> None:
-        """End the engine call that is running. Under the lock; the first reason stands."""
+    def _end(self, stopped: TurnStopped) -> None:
+        """No engine call goes on or begins any more. Under the lock; the first reason stands."""
         if self._stopped is None:
             self._stopped = stopped
-            self._worker.kill()
+            if self._call:
+                self._worker.kill()
 
     def show(self, stream: Stream, text: str) -> None:
         """Hand output to the listener. On the calling thread, inside an engine call, which nothing may be raised through."""
@@ -160,15 +170,15 @@ class Turn:
 
         Raises:
             TurnStopped: the host ended it; the worker must be given up with `abandon`.
-            monty.MontyError: the guest's error, or the worker's death.
+            EngineFailed: the guest's error, or the worker's death.
         """
         self.idle = False
         try:
             snapshot = self._engine(start)
             while not isinstance(snapshot, monty.MontyComplete):
                 snapshot = self._engine(self._respond(snapshot))
-        except (monty.MontyRuntimeError, monty.MontySyntaxError):
-            self.idle = True
+        except EngineFailed as exc:
+            self.idle = isinstance(exc.error, monty.MontyRuntimeError | monty.MontySyntaxError)
             raise
         self.idle = True
         return snapshot.output
@@ -206,7 +216,7 @@ class Turn:
         if self._stopped is not None:
             raise self._stopped
         if failed is not None:
-            raise failed
+            raise EngineFailed(failed)
         return value
 
     def _ring(self, call: int, reason: str, since: float) -> None:
@@ -214,7 +224,7 @@ class Turn:
             if self._call == call:
                 clock = self.clock
                 seen = clock.guest_seconds + time.monotonic() - since if reason == "time_seconds" else clock.elapsed
-                self._kill(TurnStopped(reason, seen))
+                self._end(TurnStopped(reason, seen))
 
     def _next(self, charged_since: float | None, *, grace: bool = False, until: float | None = None) -> tuple[Any, ...]:
         """The next event; ``("timer",)`` when ``until`` comes first."""
@@ -322,7 +332,7 @@ class Turn:
             module = str(args[0])[:100] if args else ""
             return {
                 "exc_type": "ModuleNotFoundError",
-                "message": f"No module named {module!r} in this subset of Python; use a backend whose capabilities list 'imports'",
+                "message": f"No module named {module!r} in this subset of Python; {remedy(Feature.IMPORTS)}",
             }
         return None
 
