@@ -4,7 +4,7 @@ The model is a dict of what the names should hold. After a kill the state may be
 the session has to say which: ``restored`` is as before the killed cell (a worker that is killed while its standby is made
 falls back to the one before: as before the last cell), ``lost`` is empty, with ``lost_names`` right.
 
-About 20 s alone. ``RLM_SANDBOX_EXAMPLES=1000 pytest tests/integration/test_session_machine.py --timeout 7200`` goes deep.
+About 10 s alone. ``RLM_SANDBOX_EXAMPLES=1000 pytest tests/integration/test_session_machine.py --timeout 7200`` goes deep.
 """
 
 from __future__ import annotations
