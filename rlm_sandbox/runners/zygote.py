@@ -120,8 +120,9 @@ def main(control_fd: int, proc: int, kernel_ids: int) -> int:
         try:
             _spawn(message, fds, proc, host, own, sizes)
         except OSError as exc:
-            control.send(host, {"op": "failed", "error": exc.strerror or str(exc), "errno": exc.errno or 0})
+            failure = {"op": "failed", "error": exc.strerror or str(exc), "errno": exc.errno or 0}
+            control.send(host, {"number": message["number"], **failure})
         else:
-            control.send(host, {"op": "spawned"})
+            control.send(host, {"number": message["number"], "op": "spawned"})
         for fd in fds:
             os.close(fd)

@@ -67,6 +67,7 @@ class Zygote:
         self.owner_pid = os.getpid()
         self._kernel_ids = 0
         self._next_id = 1
+        self._spawns = 0
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         archive_fd = os.memfd_create("rlm-guest", os.MFD_CLOEXEC)
         try:
@@ -187,10 +188,13 @@ class Zygote:
                 self._next_id = self._next_id % (self._kernel_ids - 1) + 1
             self._sock.settimeout(_SPAWN_SECONDS)
             try:
-                control.send(self._sock, {"op": "spawn", "kernel_id": kernel_id, **settings}, fds)
+                self._spawns += 1
+                control.send(self._sock, {"op": "spawn", "number": self._spawns, "kernel_id": kernel_id, **settings}, fds)
             except OSError as exc:
                 raise BackendUnavailable(_NAME, f"its zygote is gone ({exc.strerror})", "open the session again") from exc
             message = self._receive()
+            while message.get("number") != self._spawns:  # the answer to one that was given up (a time-out, Ctrl-C)
+                message = self._receive()
         if message["op"] != "spawned":
             self._refuse(message)
 
