@@ -33,7 +33,7 @@ class MontyOptions(BackendOptions):
 
     - ``max_processes``: worker processes of the pool this session belongs to. More sessions may be open: an idle one
       is parked, its state kept as a dump in the host's memory, until it is used again.
-    - ``spare_workers``: processes that wait beyond those, ready for the next session.
+    - ``spare_workers``: processes that wait beyond those: so many for the next sessions, and as many for restoring one.
     - ``confinement``: ``"kernel"`` puts each worker into namespaces of its own, behind a seccomp allow-list, and is not
       available where the kernel does not allow it. ``"language"`` leaves the interpreter of the subset as the only wall
       between the guest and what the host's user may do; say so only where that is enough.

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ("LAST", "NUMBERS", "SUPERVISOR", "WORKER", "Arg", "Rule", "build_filter", "build_refusal")
+__all__ = ("ENGINE", "LAST", "NUMBERS", "SUPERVISOR", "WORKER", "Arg", "Rule", "build_filter", "build_refusal")
 
 _AUDIT_ARCH_X86_64: Final = 0xC000003E
 _X32_BIT: Final = 0x40000000

@@ -215,11 +215,12 @@ def test_a_pool_whose_workers_all_run_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_a_spare_worker_that_died_is_not_given_out() -> None:
     options = MontyOptions(max_processes=3)
     with open_repl("monty", options=options) as repl:
-        spares = repl._slot.pool._spares  # type: ignore[attr-defined]
+        spares = repl._slot.pool._spares[True]  # type: ignore[attr-defined]
         deadline = time.monotonic() + 10
         while not spares and time.monotonic() < deadline:
             time.sleep(0.01)
         spares[0].kill()
+        assert gone(spares[0].pid)
         with open_repl("monty", options=options) as other:
             assert other.exec("1").value == "1"
 

@@ -35,7 +35,8 @@ _ISOLATION: Final = {
     ),
 }
 _NOTES: Final = (
-    "This is a subset of Python: no class inheritance, no `yield`, no `del`, no decorators on methods.",
+    "This is a subset of Python: no class inheritance, no `yield`, no decorators on methods, no `del` (write d.pop(k)).",
+    "Methods are no values: write key=lambda w: w.lower(), not key=str.lower or key=items.count.",
     (
         "Importable: asyncio base64 binascii bisect collections copy csv dataclasses datetime decimal functools hashlib "
         "itertools json math os pathlib random re sys time tomllib typing unicodedata."

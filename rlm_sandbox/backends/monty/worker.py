@@ -51,6 +51,7 @@ class Worker:
     def __init__(self, engine: monty.Monty, time_seconds: float | None, memory_mb: int | None) -> None:
         memory = None if memory_mb is None else memory_mb << 20
         self._kind = (time_seconds, memory_mb)
+        self._begun: Sealed | None = None
         # Writing a recovery point takes up to two copies of the heap; the kernel holds the cells to `memory` meanwhile.
         self._dump_room = 0 if memory is None else 2 * min(memory, MAX_DUMP_BYTES) + _SLACK_BYTES
         self._memory = memory
@@ -80,14 +81,16 @@ class Worker:
         self._finalizer = weakref.finalize(self, _finish, self.session, self._calls, self._pidfd, pid)
 
     def begin(self) -> Sealed:
-        """Bring the intrinsics into the empty interpreter. Returns that state. After `confine`."""
-        known = _fresh.get(self._kind)
-        if known is None:
-            self.session.feed_run(_INTRINSICS)
-            known = _fresh[self._kind] = seal(self.session.dump())
-        else:
-            self.session.load_session(unseal(known))
-        return known
+        """Bring the intrinsics into the empty interpreter, if it does not hold them yet. Returns that state."""
+        if self._begun is None:
+            known = _fresh.get(self._kind)
+            if known is None:
+                self.session.feed_run(_INTRINSICS)
+                known = _fresh[self._kind] = seal(self.session.dump())
+            else:
+                self.session.load_session(unseal(known))
+            self._begun = known
+        return self._begun
 
     def _statm(self) -> list[int]:
         return [int(field) * resource.getpagesize() for field in Path(f"/proc/{self.pid}/statm").read_text().split()]
