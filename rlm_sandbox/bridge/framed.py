@@ -315,6 +315,7 @@ class FramedSession:
         if end.kind == "done":
             self._note_names(end)
             self._guest.stop()
+            self._cpu_at_end = self._guest.cpu_seconds()  # what this turn used was on its own clock
             error = turn_error(end, self._limits)
             if error is not None:
                 raise error

@@ -50,5 +50,14 @@ def test_cpu_between_turns_is_charged_to_the_next_cell(small: REPLProtocol) -> N
     assert result.usage.time_seconds > 0.4
 
 
+def test_what_a_get_used_is_not_charged_again(small: REPLProtocol) -> None:
+    assert small.exec("import time\nclass Slow:\n    def __repr__(self):\n        until = time.process_time() + 0.4\n"
+                      "        while time.process_time() < until:\n            pass\n        return 'slow'\nslow = Slow()").ok  # fmt: skip
+    small.get("slow")
+    result = small.exec("1")
+    assert result.usage.time_seconds is not None
+    assert result.usage.time_seconds < 0.3
+
+
 def test_the_declared_worst_case_counts_every_copy_of_a_heap(small: REPLProtocol) -> None:
     assert small.capabilities.host_memory_worst_mb == 3 * 100 + 64 + 5
