@@ -25,6 +25,10 @@ class Alarm:
     """Calls back when a cell's next deadline has come, from a thread of its own, started on demand."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start over: in a forked child of the host there is no thread, and no cell."""
         self._changed = threading.Condition()
         self._due: dict[object, tuple[Callable[[], float | None], float]] = {}
         self._running = False
@@ -70,7 +74,7 @@ class Alarm:
 
 
 ALARM: Final = Alarm()
-os.register_at_fork(after_in_child=ALARM.__init__)
+os.register_at_fork(after_in_child=ALARM.forget)
 
 
 @contextmanager

@@ -65,7 +65,12 @@ def guest_setup(setup: str, limits: Limits) -> str:
         sources[module] = _text(f"{__package__}.policy", f"{name}.py")
     boot = _text(f"{__package__}.policy", "guest_boot.py")
     max_bytes = _MAX_BYTES if limits.memory_mb is None else limits.memory_mb << 20
-    return f"{boot}\ninstall({ascii(sources)}, {ascii(setup)}, {max_bytes}, globals())\n"
+    source = f"{boot}\ninstall({sources!a}, {setup!a}, {max_bytes}, names)\n"
+    # In a namespace of its own: the session's will be restricted. Its file is one of the runner's, which tracebacks leave out.
+    return (
+        f"exec(compile({source!a}, type(session_names.__self__).handle.__code__.co_filename, 'exec', dont_inherit=True), "
+        "{'__name__': 'rlm_boot', '__file__': type(session_names.__self__).handle.__code__.co_filename, 'names': globals()})\n"
+    )
 
 
 def _text(package: str, name: str) -> str:

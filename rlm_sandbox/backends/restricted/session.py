@@ -225,25 +225,26 @@ class RestrictedSession:
     def _plain(self, step: Callable[[], Any]) -> Any:
         """Run guest code for a call that returns a value: what goes wrong is raised."""
         result: Any = None
+        failure: tuple[str, str, str] | None = None
 
         def keep() -> None:
-            nonlocal result
-            result = step()
-
-        try:
-            cell, hit = self._in_cell(self._limits, Capture(0), keep)
-        except GuestError:
-            raise
-        except BaseException as exc:
-            if isinstance(exc, KeyboardInterrupt) and self._cell is None and not exc.__traceback__:
+            nonlocal result, failure
+            try:
+                result = step()
+            except (CellStopped, ValueRefused):
                 raise
-            raise GuestError(*describe(exc, self._sources)) from None
+            except BaseException as exc:  # noqa: BLE001 - whatever guest code raises is the call's failure
+                failure = describe(exc, self._sources)
+
+        cell, hit = self._in_cell(self._limits, Capture(0), keep)
         if cell.host_interrupted:
             raise KeyboardInterrupt
         if hit is not None:
             raise LimitExceeded(hit.kind, hit.limit, hit.observed)
         if cell.interrupted:
             raise GuestError("KeyboardInterrupt", "the call was interrupted")
+        if failure is not None:
+            raise GuestError(*failure)
         return result
 
     def _out(self, value: Any, limits: Limits) -> Any:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import string
 import types
+from _string import formatter_field_name_split  # type: ignore[import-not-found]
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
-
-from _string import formatter_field_name_split  # type: ignore[import-not-found]
 
 from .transformer import CLASS_NAMES, GUARDED_ATTRIBUTES, INSPECT_ATTRIBUTES, LOADABLE, check_width
 

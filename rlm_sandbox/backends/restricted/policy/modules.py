@@ -13,7 +13,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import datetime
+import datetime as dt
 import decimal
 import difflib
 import fractions
@@ -41,7 +41,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
-from .guards import GuestClass, Guards
+from .guards import Guards, GuestClass
 
 __all__ = ("MODULE_NAMES", "Importer", "make_modules")
 
@@ -55,7 +55,7 @@ _TAKEN: Final[dict[ModuleType, str]] = {
     copy: "copy deepcopy",
     csv: "DictReader DictWriter QUOTE_ALL QUOTE_MINIMAL QUOTE_NONE QUOTE_NONNUMERIC reader writer",
     dataclasses: "asdict astuple field fields is_dataclass replace",
-    datetime: "MAXYEAR MINYEAR UTC date datetime time timedelta timezone tzinfo",
+    dt: "MAXYEAR MINYEAR UTC date datetime time timedelta timezone tzinfo",
     decimal: "Decimal InvalidOperation ROUND_CEILING ROUND_DOWN ROUND_FLOOR ROUND_HALF_EVEN ROUND_HALF_UP ROUND_UP",
     difflib: "SequenceMatcher context_diff get_close_matches ndiff unified_diff",
     fractions: "Fraction",
@@ -86,9 +86,7 @@ _TAKEN: Final[dict[ModuleType, str]] = {
 }  # fmt: skip
 #: Classes of these would have a metaclass of their own, and generic ones are no base for a cell's class.
 _NOT_TAKEN: Final = {"Generic", "NamedTuple", "Protocol", "TypedDict"}
-_RANDOM: Final = (
-    "betavariate choice choices expovariate gauss getrandbits randbytes randint random randrange sample seed shuffle triangular uniform"
-)
+_RANDOM: Final = "betavariate choice choices expovariate gauss getrandbits randbytes randint random randrange sample seed shuffle triangular uniform"
 MODULE_NAMES: Final = tuple(sorted([*(module.__name__ for module in _TAKEN), "random"]))
 #: Arguments of functions whose results grow without bound.
 _MAX_COUNT: Final = 5_000
@@ -220,7 +218,7 @@ def _dataclass(cls: Any = None, /, **options: Any) -> Any:
     module = cls.__module__
     cls.__module__ = "<cell>"  # there is no such module: the code sees no globals
     try:
-        made = dataclasses.dataclass(cls, **options)
+        made: Any = dataclasses.dataclass(**options)(cls)
     finally:
         cls.__module__ = module
     if made is not cls:  # slots=True

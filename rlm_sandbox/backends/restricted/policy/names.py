@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from .guards import GuestClass, Guards, TypeOf
+from .guards import Guards, GuestClass, TypeOf
 from .transformer import check_width
 
 __all__ = ("make_builtins",)
@@ -35,7 +35,9 @@ def _exceptions() -> dict[str, Any]:
 
 def _not_there(name: str) -> Callable[..., Any]:
     def missing(*args: Any, **kwargs: Any) -> Any:
-        raise NameError(f"{name}() is not in the restricted language; use a backend whose capabilities list 'cpython' (jail, docker)")
+        raise NameError(
+            f"{name}() is not in the restricted language; use a backend whose capabilities list 'cpython' (jail, docker)"
+        )
 
     return missing
 
@@ -68,7 +70,9 @@ def _input(prompt: object = "") -> str:
     raise EOFError("there is nobody to ask")
 
 
-def make_builtins(guards: Guards, print_: Callable[..., None], modules: Callable[..., Any], halt: Callable[[], None]) -> dict[str, Any]:
+def make_builtins(
+    guards: Guards, print_: Callable[..., None], modules: Callable[..., Any], halt: Callable[[], None]
+) -> dict[str, Any]:
     """The ``__builtins__`` of a session; its hooks are below names that begin with a dot."""
     table: dict[str, Any] = {name: getattr(builtins, name) for name in _AS_THEY_ARE}
     table.update(_exceptions())

@@ -5,6 +5,7 @@ attribute, item and loop are decided here, from the source, wherever a name in t
 for run time is rare, and ordinary code runs at nearly full speed.
 """
 
+# ruff: noqa: N802, N815 - a visitor is named for the syntax it visits
 from __future__ import annotations
 
 import ast
@@ -78,7 +79,7 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
 
     # ---- names, attributes, calls
 
-    def visit_Name(self, node: ast.Name) -> ast.AST:
+    def visit_Name(self, node: ast.Name) -> Any:
         if node.id == "super":
             self.error(node, "super is allowed only as super()")
         elif not (node.id == "__name__" and isinstance(node.ctx, ast.Load)):
@@ -91,7 +92,7 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
         elif name.startswith("__") and name not in LOADABLE:
             self.error(node, f"the attribute {name!r} belongs to the interpreter")
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+    def visit_Attribute(self, node: ast.Attribute) -> Any:
         self._check_attribute(node, node.attr)
         node = self.node_contents_visit(node)
         if isinstance(node.ctx, ast.Load):
@@ -103,53 +104,56 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
         node.value = _at(node.value, _call(".write", node.value))
         return node
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:
+    def visit_Call(self, node: ast.Call) -> Any:
         if isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args and not node.keywords:
             return node
         node = self.node_contents_visit(node)
-        if isinstance(node.func, ast.Name) and node.func.id in _CONTAINERS and len(node.args) == 1 and not isinstance(node.args[0], ast.Starred):
+        if (
+            isinstance(node.func, ast.Name)
+            and node.func.id in _CONTAINERS
+            and len(node.args) == 1
+            and not isinstance(node.args[0], ast.Starred)
+        ):
             node.args[0] = _at(node.args[0], _call(".stored", node.args[0]))
         return node
 
-    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+    def visit_Subscript(self, node: ast.Subscript) -> Any:
         return self.node_contents_visit(node)
 
-    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+    def visit_Assign(self, node: ast.Assign) -> Any:
         return self.node_contents_visit(node)
 
-    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+    def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         return self.node_contents_visit(node)
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         return self.node_contents_visit(node)
 
-    def visit_With(self, node: ast.With) -> ast.AST:
+    def visit_With(self, node: ast.With) -> Any:
         return self.node_contents_visit(node)
 
-    def visit_Global(self, node: ast.Global) -> ast.AST:
+    def visit_Global(self, node: ast.Global) -> Any:
         for name in node.names:
             self.check_name(node, name)
         return node
 
-    def visit_Nonlocal(self, node: ast.Nonlocal) -> ast.AST:
+    def visit_Nonlocal(self, node: ast.Nonlocal) -> Any:
         for name in node.names:
             self.check_name(node, name)
         return node
 
-    def visit_Expression(self, node: ast.Expression) -> ast.AST:
+    def visit_Expression(self, node: ast.Expression) -> Any:
         return self.node_contents_visit(node)
 
     # ---- sizes that the source shows
 
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+    def visit_BinOp(self, node: ast.BinOp) -> Any:
         """Powers and shifts grow without bound, and so does a literal text or list times a number: those are looked at."""
         if isinstance(node.op, ast.Mod) and isinstance(node.left, ast.Constant) and isinstance(node.left.value, str | bytes):
             text = node.left.value if isinstance(node.left.value, str) else node.left.value.decode("latin-1")
             self._check_spec(node, text)
         node = self.node_contents_visit(node)
-        if isinstance(node.op, ast.Pow | ast.LShift) and not isinstance(node.right, ast.Constant):
-            return _at(node, _call(".pow" if isinstance(node.op, ast.Pow) else ".lshift", node.left, node.right))
-        if isinstance(node.op, ast.Pow | ast.LShift) and type(node.right.value) is int and node.right.value > 64:
+        if isinstance(node.op, ast.Pow | ast.LShift) and not _is_small(node.right):
             return _at(node, _call(".pow" if isinstance(node.op, ast.Pow) else ".lshift", node.left, node.right))
         if isinstance(node.op, ast.Mult) and (_is_sequence(node.left) or _is_sequence(node.right)):
             return _at(node, _call(".repeat", node.left, node.right))
@@ -161,7 +165,7 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
         except ValueError as exc:
             self.error(node, str(exc))
 
-    def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.AST:
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> Any:
         for part in node.format_spec.values if isinstance(node.format_spec, ast.JoinedStr) else ():
             if isinstance(part, ast.Constant):
                 self._check_spec(node, str(part.value))
@@ -169,30 +173,30 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
 
     # ---- what runs often looks at the clock
 
-    def visit_For(self, node: ast.For) -> ast.AST:
+    def visit_For(self, node: ast.For) -> Any:
         node = self.node_contents_visit(node)
         node.body.insert(0, _tick(node.body[0]))
         return node
 
-    def visit_While(self, node: ast.While) -> ast.AST:
+    def visit_While(self, node: ast.While) -> Any:
         node = self.node_contents_visit(node)
         node.body.insert(0, _tick(node.body[0]))
         return node
 
-    def visit_Try(self, node: ast.Try) -> ast.AST:
+    def visit_Try(self, node: ast.Try) -> Any:
         """A stop that was caught is raised again by the handler, and by a finally."""
         node = self.node_contents_visit(node)
         if node.finalbody:
             node.finalbody.insert(0, _tick(node.finalbody[0]))
         return node
 
-    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.AST:
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> Any:
         self.check_name(node, node.name)
         node = self.node_contents_visit(node)
         node.body.insert(0, _tick(node.body[0]))
         return node
 
-    def visit_comprehension(self, node: ast.comprehension) -> ast.AST:
+    def visit_comprehension(self, node: ast.comprehension) -> Any:
         if node.is_async:
             self.error(node.iter, "asynchronous comprehensions are not in the restricted language")
         node = self.node_contents_visit(node)
@@ -200,13 +204,13 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
         node.ifs.insert(0, _at(node.iter, go_on))
         return node
 
-    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
+    def visit_Lambda(self, node: ast.Lambda) -> Any:
         self.check_function_argument_names(node)
         node = self.node_contents_visit(node)
         node.body = _at(node.body, ast.IfExp(_load(".stop"), _call(".halt"), node.body))
         return node
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         self.check_name(node, node.name)
         in_class, self._class_body = self._class_body, False
         try:
@@ -218,7 +222,7 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
         node.body.insert(1 if has_doc else 0, _tick(node.body[0]))
         return node
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
         self.check_name(node, node.name)
         if node.keywords:
             self.error(node, "a class takes no keywords such as metaclass")
@@ -232,7 +236,7 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
 
     # ---- match
 
-    def _visit_pattern(self, node: Any) -> ast.AST:
+    def _visit_pattern(self, node: Any) -> Any:
         self.check_name(node, getattr(node, "name", None))
         self.check_name(node, getattr(node, "rest", None))
         return self.node_contents_visit(node)
@@ -241,7 +245,7 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
     visit_MatchValue = visit_MatchSingleton = visit_MatchSequence = visit_MatchMapping = _visit_pattern
     visit_MatchStar = visit_MatchAs = visit_MatchOr = _visit_pattern
 
-    def visit_MatchClass(self, node: ast.MatchClass) -> ast.AST:
+    def visit_MatchClass(self, node: ast.MatchClass) -> Any:
         """Its keywords read attributes, without a guard."""
         for name in node.kwd_attrs:
             if name.startswith("_") or name in GUARDED_ATTRIBUTES or name in INSPECT_ATTRIBUTES:
@@ -265,6 +269,10 @@ def _tick(before: ast.stmt) -> ast.stmt:
     """``if .stop: .halt()``, on the line of the statement it comes before. Two instructions where there is nothing to stop."""
     tick: ast.stmt = _at(before, ast.If(_load(".stop"), [ast.Expr(_call(".halt"))], []))
     return tick
+
+
+def _is_small(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and (type(node.value) is not int or node.value <= 64)
 
 
 def _is_sequence(node: ast.expr) -> bool:
