@@ -10,7 +10,7 @@ from typing import Final
 import RestrictedPython
 
 from ...errors import BackendUnavailable
-from ...options import RestrictedOptions
+from ...options import BackendOptions, RestrictedOptions
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
 from ...registry import Availability, SessionConfig
 from .policy.modules import MODULE_NAMES
@@ -37,13 +37,18 @@ _NOTES: Final = (
 class RestrictedBackend:
     """See `registry.Backend`."""
 
-    def probe(self) -> Availability:
-        """Whether RestrictedPython is of the version this was written for."""
+    def probe(self, options: BackendOptions | None = None) -> Availability:
+        """Whether RestrictedPython is of the version this was written for, and the process it is to run in can be had."""
         found = version(RestrictedPython.__name__)
         if sys.implementation.name != "cpython":
             return Availability(False, f"RestrictedPython knows CPython only, not {sys.implementation.name}", "use CPython")
         if found.partition(".")[0] != "9":
             return Availability(False, f"RestrictedPython {found} is not of version 9", _REMEDY)
+        if isinstance(options, RestrictedOptions) and options.process:
+            try:
+                inner_backend()
+            except BackendUnavailable as exc:
+                return Availability(False, exc.reason, exc.remedy)
         return Availability(True)
 
     def capabilities(self, config: SessionConfig) -> Capabilities:
@@ -60,6 +65,7 @@ class RestrictedBackend:
                     backend="restricted",
                     isolation=f"that of the process it runs in: {declared.isolation}; of the policy itself: {ISOLATION}",
                     language=_LANGUAGE,
+                    fork=False,
                     guest_threads=False,
                     notes=_NOTES,
                 )
