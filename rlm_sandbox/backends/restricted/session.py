@@ -40,6 +40,7 @@ _MAX_BYTES: Final = 1 << 30
 #: Sources kept for tracebacks.
 _KEPT_SOURCES: Final = 1_000
 _ENDED: Final = "was closed"
+_CLEAR_SECONDS: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +112,25 @@ class RestrictedSession:
 
     def _free(self) -> None:
         self._pool.close()
-        self._policy.names.clear()
+        self._clear()
         self._sources.clear()
+
+    def _clear(self) -> None:
+        """Let go of the variables. What they hold (a generator in a ``try``) may run guest code once more."""
+        cell = Cell(self._policy, self._pool, Limits(time_seconds=_CLEAR_SECONDS, host_calls=0), None, Capture(0))
+        self._cell = cell
+        try:
+            cell.run(self._policy.names.clear)
+        except CellStopped:
+            pass
+        finally:
+            self._cell = None
 
     def reset(self) -> None:
         """See `REPLProtocol.reset`."""
         with self._entered():
             try:
+                self._clear()
                 self._start()
             except BaseException:
                 self._closed = self._closed or "could not be reset"
@@ -207,7 +220,8 @@ class RestrictedSession:
         try:
             cell.run(step)
         except CellStopped:
-            pass
+            if not cell.stopped:  # a cell that got hold of one, and raised it itself
+                cell.stop()
         except ValueTooLarge:
             hit = LimitHit("value_bytes", limits.value_bytes or 0, None, "host")
         except ValueRefused as exc:

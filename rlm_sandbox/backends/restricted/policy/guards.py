@@ -16,6 +16,8 @@ _NAMEDTUPLE: Final = frozenset({"_asdict", "_fields", "_make", "_replace"})
 #: Nested tuples are hashed by a recursion in C that ends the process.
 _MAX_HASH_DEPTH: Final = 500
 _MAX_HASH_NODES: Final = 100_000
+#: A range that a loop in C walks through in about a tenth of a second.
+_SHORT: Final = 10_000_000
 
 
 class GuestClass(type):
@@ -35,6 +37,8 @@ class TypeOf:
     def __call__(self, *args: Any) -> Any:
         if len(args) == 1:
             kind = type(args[0])
+            if kind is super:  # it would look beyond what the source of a cell may ask of super()
+                raise TypeError("super() has no type here")
             return self if kind in (type, GuestClass) else kind
         name, bases, namespace = args
         if type(name) is not str or type(bases) is not tuple or type(namespace) is not dict:
@@ -210,7 +214,7 @@ class Guards:
         if kind is range:
             if stored:
                 self.check_size(8 * _length(items))  # type: ignore[arg-type]
-            if _length(items) <= 1_000_000:  # type: ignore[arg-type]
+            if _length(items) <= _SHORT:  # type: ignore[arg-type]
                 return items
         return self._watched(items, stored=stored)
 

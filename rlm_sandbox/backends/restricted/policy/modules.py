@@ -88,6 +88,8 @@ _TAKEN: Final[dict[ModuleType, str]] = {
 _NOT_TAKEN: Final = {"Generic", "NamedTuple", "Protocol", "TypedDict"}
 _RANDOM: Final = "betavariate choice choices expovariate gauss getrandbits randbytes randint random randrange sample seed shuffle triangular uniform"
 MODULE_NAMES: Final = tuple(sorted([*(module.__name__ for module in _TAKEN), "random"]))
+#: Whose globals `dataclasses` gives to the code it makes: it has none.
+_NOWHERE: Final = sys.modules.setdefault("rlm_restricted_cell", ModuleType("rlm_restricted_cell"))
 #: Arguments of functions whose results grow without bound.
 _MAX_COUNT: Final = 5_000
 
@@ -216,7 +218,7 @@ def _dataclass(cls: Any = None, /, **options: Any) -> Any:
         if type(name) is not str or not name.isidentifier() or name.startswith("__"):
             raise TypeError(f"a field cannot have the name {str(name)[:100]!r}")
     module = cls.__module__
-    cls.__module__ = "<cell>"  # there is no such module: the code sees no globals
+    cls.__module__ = _NOWHERE.__name__
     try:
         made: Any = dataclasses.dataclass(**options)(cls)
     finally:
