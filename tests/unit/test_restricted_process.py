@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -50,10 +51,9 @@ def test_the_language_is_the_same(repl: REPLProtocol) -> None:
     ):
         result = repl.exec(code)
         assert result.outcome == "error", code
-    assert repl.exec("def f():\n    return 1 / 0\nf()").traceback == (
-        'Traceback (most recent call last):\n  File "<cell 8>", line 3, in <module>\n    f()\n'
-        '  File "<cell 8>", line 2, in f\n    return 1 / 0\n           ~~^~~\nZeroDivisionError: division by zero\n'
-    )
+    traceback = repl.exec("def f():\n    return 1 / 0\nf()").traceback
+    assert re.findall(r'File "(.*)", line (\d+)', traceback or "") == [("<cell 8>", "3"), ("<cell 8>", "2")]
+    assert "return 1 / 0" in (traceback or "")
 
 
 def test_bindings_values_and_reset(repl: REPLProtocol) -> None:

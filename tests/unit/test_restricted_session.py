@@ -81,7 +81,7 @@ def test_what_models_write_works(repl: REPLProtocol, code: str, value: str) -> N
     ("code", "line"),
     [
         ("x = 1\nasync def f():\n    pass", 2),
-        ("x = 1\n\ny = x.__subclasses__", 3),
+        ("x = []\n\nx.__class__ = 3", 3),
         ("class C(metaclass=type):\n    pass", 1),
         ("try:\n    pass\nexcept* ValueError:\n    pass", 1),
         ("class C:\n    def __del__(self):\n        pass", 2),

@@ -116,9 +116,9 @@ class Guards:
         elif name in ("__class__", "__dict__"):
             allowed = type(type(obj)) is GuestClass
         else:
-            allowed = name in LOADABLE and (type(obj) is super or is_guests(obj))
+            allowed = name in LOADABLE and (type(obj) is super or is_guests(obj) or _is_plain_class(obj))
         if not allowed:
-            raise AttributeError(f"the attribute {name!r:.100} is not for cells")
+            raise AttributeError(f"the attribute {name!r:.100} is not for cells; see the limitations of restricted")
 
     def _format(self, text: Any, name: str) -> Callable[..., str]:
         formatter = self._formatter
@@ -234,11 +234,17 @@ class Guards:
             yield item
 
 
+_PLAIN_CLASSES: Final = frozenset({object, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset})
 _FINITE: Final = frozenset({list, tuple, str, dict, set, frozenset, bytes, type({}.keys()), type({}.values()), type({}.items())})
 
 
 def _length(items: range) -> int:
     return max(0, (items.stop - items.start + items.step - (1 if items.step > 0 else -1)) // items.step)
+
+
+def _is_plain_class(obj: Any) -> bool:
+    """``str.__hash__``, ``Exception.__init__``: what a cell's class inherits, by name."""
+    return type(obj) is type and (obj in _PLAIN_CLASSES or (issubclass(obj, BaseException) and obj.__module__ == "builtins"))
 
 
 def _is_tuple_class(obj: Any) -> bool:

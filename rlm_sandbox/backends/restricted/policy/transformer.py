@@ -86,20 +86,13 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
             self.check_name(node, node.id)
         return node
 
-    def _check_attribute(self, node: ast.AST, name: str) -> None:
-        if name in INSPECT_ATTRIBUTES:
-            self.error(node, f"the attribute {name!r} leads into the interpreter")
-        elif name.startswith("__") and name not in LOADABLE:
-            self.error(node, f"the attribute {name!r} belongs to the interpreter")
-
     def visit_Attribute(self, node: ast.Attribute) -> Any:
-        self._check_attribute(node, node.attr)
         node = self.node_contents_visit(node)
         if isinstance(node.ctx, ast.Load):
-            if node.attr.startswith("_") or node.attr in GUARDED_ATTRIBUTES:
+            if node.attr.startswith("_") or node.attr in GUARDED_ATTRIBUTES or node.attr in INSPECT_ATTRIBUTES:
                 return _at(node, _call(".getattr", node.value, ast.Constant(node.attr)))
             return node
-        if node.attr.startswith("__"):
+        if node.attr.startswith("__") or node.attr in INSPECT_ATTRIBUTES:
             self.error(node, f"the attribute {node.attr!r} cannot be assigned")
         node.value = _at(node.value, _call(".write", node.value))
         return node
