@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import bisect
+import calendar
 import collections
 import contextlib
 import copy
@@ -21,6 +22,7 @@ import functools
 import hashlib
 import heapq
 import html
+import importlib
 import io
 import itertools
 import json
@@ -34,6 +36,7 @@ import string
 import sys
 import textwrap
 import time
+import tomllib
 import typing
 import unicodedata
 import zlib
@@ -50,6 +53,7 @@ _TAKEN: Final[dict[ModuleType, str]] = {
     base64: "b16decode b16encode b32decode b32encode b64decode b64encode urlsafe_b64decode urlsafe_b64encode",
     binascii: "Error crc32 hexlify unhexlify",
     bisect: "bisect bisect_left bisect_right insort insort_left insort_right",
+    calendar: "isleap leapdays monthcalendar monthrange timegm weekday",
     collections: "ChainMap Counter OrderedDict defaultdict deque namedtuple",
     contextlib: "contextmanager nullcontext suppress",
     copy: "copy deepcopy",
@@ -79,6 +83,7 @@ _TAKEN: Final[dict[ModuleType, str]] = {
     sys: "maxsize version version_info",
     textwrap: "dedent fill indent shorten wrap",
     time: "gmtime localtime monotonic perf_counter process_time strftime strptime time time_ns",
+    tomllib: "TOMLDecodeError loads",
     typing: "Any Callable ClassVar Dict Final FrozenSet Generator Generic Iterable Iterator List Literal Mapping NamedTuple Optional "
     "Protocol Sequence Set Tuple TypeVar TypedDict Union cast",
     unicodedata: "category combining decomposition name normalize numeric",
@@ -88,6 +93,10 @@ _TAKEN: Final[dict[ModuleType, str]] = {
 _NOT_TAKEN: Final = {"Generic", "NamedTuple", "Protocol", "TypedDict"}
 _RANDOM: Final = "betavariate choice choices expovariate gauss getrandbits randbytes randint random randrange sample seed shuffle triangular uniform"
 MODULE_NAMES: Final = tuple(sorted([*(module.__name__ for module in _TAKEN), "random"]))
+#: Modules that functions in C import by themselves, through the cell's ``__import__``, whose answer they do not look at.
+_OF_THE_INTERPRETER: Final = ("_strptime",)
+for _name in _OF_THE_INTERPRETER:
+    importlib.import_module(_name)
 #: Whose globals `dataclasses` gives to the code it makes: it has none.
 _NOWHERE: Final = sys.modules.setdefault("rlm_restricted_cell", ModuleType("rlm_restricted_cell"))
 #: Arguments of functions whose results grow without bound.
@@ -120,6 +129,8 @@ class Importer:
                 f"the module {str(name)[:100]!r} is not in the restricted language, which has {', '.join(MODULE_NAMES)}; "
                 f"use a backend whose capabilities list 'cpython' (jail, docker)"
             )
+        if name in _OF_THE_INTERPRETER:
+            return module
         for member in fromlist or ():
             if type(member) is not str or member not in vars(module):
                 raise ImportError(f"cannot import {str(member)[:100]!r} from {name!r} in the restricted language")
@@ -153,6 +164,7 @@ def make_modules(guards: Guards, write: Callable[[str, str], None], sleep: Calla
     }
     generator = random.Random()  # noqa: S311 - a cell's own, for its own ends
     own["random"] = {name: getattr(generator, name) for name in _RANDOM.split()}
+    own.update((name, {}) for name in _OF_THE_INTERPRETER)
     own["__future__"] = {"annotations": None}
     own["time"]["sleep"] = sleep
     own["sys"].update(stdout=_Stream(lambda text: write("stdout", text)), stderr=_Stream(lambda text: write("stderr", text)))

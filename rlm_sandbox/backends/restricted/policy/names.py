@@ -14,7 +14,7 @@ from .transformer import check_width
 __all__ = ("make_builtins",)
 
 _AS_THEY_ARE: Final = (
-    "__build_class__", "Ellipsis", "NotImplemented", "abs", "bool", "bytes", "callable", "chr", "classmethod", "complex", "dict",
+    "__build_class__", "Ellipsis", "NotImplemented", "abs", "ascii", "bin", "bool", "bytes", "callable", "chr", "classmethod", "complex", "dict",
     "divmod", "enumerate", "filter", "float", "frozenset", "hex", "id", "int", "isinstance", "issubclass", "iter", "len", "list",
     "map", "next", "object", "oct", "ord", "property", "range", "repr", "reversed", "round", "set", "slice", "staticmethod", "str",
     "super", "tuple", "zip",
