@@ -322,7 +322,7 @@ HOLES: Final = {
     "memory": Hole(
         "x = ['y' * 1_000_000 + str(i) for i in range(200)]", "the total is not counted: many small pieces pass memory_mb"
     ),
-    "memory-c": Hole("x = 'a'.ljust(200_000_000)", "one call in C makes as much as it likes"),
+    "memory-c": Hole("x = 'a'.ljust(200_000_000)", "one call in C makes as much as it likes", seconds=30.0),
     "c-loop": Hole("1.5 in range(60_000_000)", "a loop in C looks at no clock"),
     "regex-thread": Hole(
         "import re\nre.match('(a|aa)+$', 'a' * 36 + 'c')",
