@@ -23,8 +23,8 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
-from rlm_sandbox import Grade, Limits, Opaque, open_repl
-from rlm_sandbox.registry import load_backend
+from rlm_sandbox import BackendUnavailable, Grade, Limits, Opaque, open_repl
+from rlm_sandbox.registry import Availability, load_backend
 
 from ..conftest import require_usable
 
@@ -190,7 +190,11 @@ def llm_query(prompt: str) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _usable() -> None:
-    require_usable("restricted", load_backend("restricted").probe())
+    try:
+        state = load_backend("restricted").probe()
+    except BackendUnavailable as exc:
+        state = Availability(False, exc.reason, exc.remedy)
+    require_usable("restricted", state)
 
 
 @pytest.fixture

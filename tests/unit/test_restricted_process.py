@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from rlm_sandbox import BackendUnavailable, Context, Feature, Grade, GuestError, Limits, REPLProtocol, RestrictedOptions, open_repl
-from rlm_sandbox.registry import SessionConfig, load_backend
+from rlm_sandbox.registry import Availability, SessionConfig, load_backend
 
 from ..conftest import require_usable
 
@@ -20,7 +20,7 @@ def _usable() -> None:
     try:
         state = load_backend("restricted").probe(OPTIONS)
     except BackendUnavailable as exc:
-        pytest.skip(str(exc))
+        state = Availability(False, exc.reason, exc.remedy)
     require_usable("restricted", state)
 
 

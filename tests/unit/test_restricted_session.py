@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlm_sandbox import BackendUnavailable, Context, Grade, Limits, REPLProtocol, UnsupportedLimit, open_repl
-from rlm_sandbox.registry import AUTO_ORDER, SessionConfig, load_backend
+from rlm_sandbox.registry import AUTO_ORDER, Availability, SessionConfig, load_backend
 
 from ..conftest import require_usable
 
@@ -24,7 +24,7 @@ def _usable() -> None:
     try:
         state = load_backend("restricted").probe()
     except BackendUnavailable as exc:
-        pytest.skip(str(exc))
+        state = Availability(False, exc.reason, exc.remedy)
     require_usable("restricted", state)
 
 
