@@ -1,4 +1,7 @@
-"""Every published way out of the systems that `restricted` resembles, and what is known to remain.
+"""Published ways out of the systems that `restricted` resembles, and what is known to remain.
+
+The attacks are written after short descriptions of the advisories they are named for; they are not the original exploits, and
+an advisory may have had more to it. Not here: what concerns a host application or Pyodide alone (grist 2353, CVE-2025-68668).
 
 Each attack leaves what it reached in ``r``; the verdict looks at that object from the host, not at what the cell says. The
 same attack in plain Python is the control: one that reaches nothing there proves nothing here. What is known to remain is
@@ -324,7 +327,9 @@ HOLES: Final = {
         seconds=30.0,
     ),
     "memory": Hole(
-        "x = ['y' * 1_000_000 + str(i) for i in range(200)]", "the total is not counted: many small pieces pass memory_mb"
+        "x = ['y' * 1_000_000 + str(i) for i in range(200)]",
+        "the total is not counted: many small pieces pass memory_mb",
+        seconds=30.0,
     ),
     "memory-c": Hole("x = 'a'.ljust(200_000_000)", "one call in C makes as much as it likes", seconds=30.0),
     "c-loop": Hole("1.5 in range(60_000_000)", "a loop in C looks at no clock"),
