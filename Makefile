@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 
 BIN := $(VENV)/bin
-DEMO_EXTRAS := $(if $(filter monty,$(BACKEND)),[monty],)
+DEMO_EXTRAS := $(if $(filter monty restricted,$(BACKEND)),[$(BACKEND)],)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench fuzz clean

@@ -23,6 +23,7 @@ from typing import Final
 from rlm_sandbox import RLM, Context, Grade, Limits, Policy, SandboxError
 from rlm_sandbox.adapters import FakeAdapter
 from rlm_sandbox.console import ConsoleListener
+from rlm_sandbox.registry import SessionConfig, load_backend
 from rlm_sandbox.trajectory import JsonlWriter
 
 NEEDED_CHARS: Final = 10_000_000
@@ -33,6 +34,11 @@ QUESTION: Final = (
     f"Which file of the standard library says '{NEEDLE}' most often, what is it for, "
     f"and how many functions do the {TOP} files that say it most define together?"
 )
+
+#: What the runaway cell does to a variable that the next step needs, where a killed cell costs only itself.
+SPOIL: Final = "top = []"
+#: Backends that cannot undo a cell: what it did before its limit stays, so here it spoils nothing, and the state is ``kept``.
+KEEP_STATE: Final = ("restricted",)
 
 # What the root model says, one reply a step. The cells stay within the Python that every backend speaks.
 SCRIPT: Final = [
@@ -64,11 +70,11 @@ for index, count in top:
 ```""",
     # A mistake that no interrupt inside the guest can end: the loop is in C and never looks up. It has spoilt `top` by
     # then, which the next step needs, so the answer is right only if the state is really restored.
-    """I look for the last number there is, to rank the files by it.
+    f"""I look for the last number there is, to rank the files by it.
 
 ```repl
 import itertools
-top = []
+{SPOIL}
 last = max(itertools.count())
 ```""",
     f"""That loop could never end. It had emptied `top`, but the state is restored, so I go on: the sub-model counts the functions of
@@ -156,15 +162,24 @@ def run_demo(backend: str, trace_path: Path) -> bool:
     documents = standard_library()
     context = Context.from_documents([source for _, source in documents], metadata={"files": [name for name, _ in documents]})
     trace_path.parent.mkdir(parents=True, exist_ok=True)
+    state, script = "restored", SCRIPT
+    if backend in KEEP_STATE:
+        state = "kept"
+        script = [
+            reply.replace(SPOIL, "pass").replace("It had emptied `top`, but the state is restored", "The state is kept")
+            for reply in SCRIPT
+        ]
+        isolation = load_backend(backend).capabilities(SessionConfig()).isolation
+        print(f"note:       {backend} is opened with trusted=True, because the script is ours; its isolation: {isolation}")
     # The script is ours, so a backend that cannot enforce every limit from outside is acceptable if it is asked for by name.
     asked_for = backend not in ("auto", "jail")
     with ConsoleListener() as console, JsonlWriter(trace_path) as trajectory:
         rlm = RLM(
-            FakeAdapter(SCRIPT, model="scripted-model"),
+            FakeAdapter(script, model="scripted-model"),
             subcall_adapter=sub_model(),
             repl_backend=backend,
             limits=Limits(time_seconds=2, memory_mb=256),
-            policy=Policy(max_steps=len(SCRIPT) + 1, max_subcalls=50),
+            policy=Policy(max_steps=len(script) + 1, max_subcalls=50),
             accept=Grade.NONE if asked_for else Grade.HARD,
             trusted=asked_for,
             listeners=[console, trajectory],
@@ -172,7 +187,7 @@ def run_demo(backend: str, trace_path: Path) -> bool:
         answer, trace = rlm.run(QUESTION, context)
     expected = expected_answer(documents)
     stopped = [cell for cell in trace.cells if cell.outcome == "limit"]
-    good = answer == expected and trace.verified and len(stopped) == 1 and stopped[0].state == "restored"
+    good = answer == expected and trace.verified and len(stopped) == 1 and stopped[0].state == state
     print(f"expected:   {expected}")
     print(f"checked:    {'the answer is right' if good else 'WRONG'}")
     print(f"trajectory: {trace_path}")

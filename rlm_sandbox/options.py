@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ("BackendOptions", "JailOptions", "MontyOptions")
+__all__ = ("BackendOptions", "JailOptions", "MontyOptions", "RestrictedOptions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,3 +52,17 @@ class MontyOptions(BackendOptions):
                 raise ValueError(f"MontyOptions.{name} must be between {low} and 4096, got {value}")
         if self.confinement not in ("kernel", "language"):
             raise ValueError(f"MontyOptions.confinement must be 'kernel' or 'language', got {self.confinement!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestrictedOptions(BackendOptions):
+    """Options of the ``restricted`` backend.
+
+    ``process``: run the policy in a killable guest process, which enforces the limits, instead of in the host's own.
+    """
+
+    process: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.process, bool):
+            raise TypeError("RestrictedOptions.process must be True or False")

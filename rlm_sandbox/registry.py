@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from .errors import BackendUnavailable, UnsupportedLimit
 from .limits import Limits
-from .options import BackendOptions, JailOptions, MontyOptions
+from .options import BackendOptions, JailOptions, MontyOptions, RestrictedOptions
 from .protocol import Capabilities, Grade, REPLProtocol
 
 __all__ = ("AUTO_ORDER", "Availability", "Backend", "SessionConfig", "available", "backend_names", "load_backend", "open_repl")
@@ -63,6 +63,9 @@ class _Entry:
 _BACKENDS: Final[dict[str, _Entry]] = {
     "jail": _Entry("rlm_sandbox.backends.jail", JailOptions, "", "use Linux 5.14 or newer, or another backend"),
     "monty": _Entry("rlm_sandbox.backends.monty", MontyOptions, "pydantic_monty", "run: pip install 'rlm-sandbox[monty]'"),
+    "restricted": _Entry(
+        "rlm_sandbox.backends.restricted", RestrictedOptions, "RestrictedPython", "run: pip install 'rlm-sandbox[restricted]'"
+    ),
 }
 
 #: What ``auto`` tries, in this order. ``restricted`` is never here: it is no isolation.

@@ -73,6 +73,7 @@ def test_importing_the_package_loads_no_engine_and_no_face() -> None:
         "rich",
         "typer",
         "pydantic_monty",
+        "RestrictedPython",
         "wasmtime",
         "docker",
         "psutil",

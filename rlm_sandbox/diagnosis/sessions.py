@@ -119,7 +119,7 @@ class _Examination:
             consequence = "Every limit is enforced from outside the code it holds for."
             return self._found("limits", Status.PASS, "all of them HARD", consequence)
         return self._found(
-            "limits", Status.CAUTION, ", ".join(below), "Code that is not trusted may overrun these limits.",
+            "limits", Status.CAUTION, ", ".join(below), f"Code that is not trusted may overrun these limits; isolation: {capabilities.isolation}.",
             "say accept= and trusted=True for trusted code only, or use another backend",
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from ..wire.codec import Attachment, Decoder, Encoder, ValueRefused
 from ..wire.frames import FrameTooLarge
 from ..wire.messages import MAX_CALLS_PER_SUSPENSION, Forget, Message, Resume, Suspend
 
-__all__ = ("HostCallError", "HostCalls", "Transport")
+__all__ = ("CallsHost", "HostCallError", "HostCalls", "Transport", "guest_exception")
 
 #: How long a leader waits for one more thread to join, and at most in all, if there are other threads.
 _JOIN_SECONDS: Final = 0.0005
@@ -26,6 +26,13 @@ class HostCallError(Exception):
     """A host function failed. The message names the function and nothing of the host."""
 
     __module__ = "builtins"  # what a cell sees of it in a traceback
+
+
+class CallsHost(Protocol):
+    """What a proxy calls the host through."""
+
+    def call(self, handle: int, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `HostCalls.call`."""
 
 
 class Transport(Protocol):
@@ -185,7 +192,7 @@ class HostCalls:
                 if error is None:
                     item.answer = self._make_value(decoder.decode(value))
                 else:
-                    item.error = _exception(*error)
+                    item.error = guest_exception(*error)
 
     def _postpone(self, items: list[_Call]) -> None:
         with self._changed:
@@ -199,7 +206,7 @@ class HostCalls:
             item.done, item.error = True, TypeError(why)
 
 
-def _exception(type_name: str, message: str) -> BaseException:
+def guest_exception(type_name: str, message: str) -> BaseException:
     """The guest's exception for a failed call: a built-in one by name if the host allowed it, else `HostCallError`."""
     import builtins
 

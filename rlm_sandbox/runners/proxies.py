@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from ..wire.codec import HandleRef
-from .host_calls import HostCalls
+from .host_calls import CallsHost
 
 __all__ = ("AsyncCalls", "make_async_function", "make_function", "make_object")
 
@@ -42,7 +42,7 @@ class AsyncCalls:
         self._executor = None
 
 
-def make_function(calls: HostCalls, handle: int, name: str) -> Callable[..., Any]:
+def make_function(calls: CallsHost, handle: int, name: str) -> Callable[..., Any]:
     """A plain function that calls the host."""
 
     def host_function(*args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ def make_function(calls: HostCalls, handle: int, name: str) -> Callable[..., Any
     return _named(host_function, name)
 
 
-def make_async_function(calls: HostCalls, threads: AsyncCalls, handle: int, name: str) -> Callable[..., Any]:
+def make_async_function(calls: CallsHost, threads: AsyncCalls, handle: int, name: str) -> Callable[..., Any]:
     """A coroutine function that calls the host; many can be awaited at once."""
 
     async def host_function(*args: Any, **kwargs: Any) -> Any:
@@ -68,18 +68,18 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return function
 
 
-def _method(calls: HostCalls, handle: int, name: str) -> Callable[..., Any]:
+def _method(calls: CallsHost, handle: int, name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return calls.call(handle, name, args, kwargs)
 
     return _named(method, name)
 
 
-def _attribute(calls: HostCalls, handle: int, name: str) -> property:
+def _attribute(calls: CallsHost, handle: int, name: str) -> property:
     return property(lambda self: calls.call(handle, f".{name}", (), {}))
 
 
-def _operators(calls: HostCalls, handle: int, names: tuple[str, ...]) -> dict[str, Any]:
+def _operators(calls: CallsHost, handle: int, names: tuple[str, ...]) -> dict[str, Any]:
     def ask(name: str, *args: Any) -> Any:
         return calls.call(handle, f"#{name}", args, {})
 
@@ -107,7 +107,7 @@ def _operators(calls: HostCalls, handle: int, names: tuple[str, ...]) -> dict[st
     return made
 
 
-def make_object(calls: HostCalls, reference: HandleRef) -> Any:
+def make_object(calls: CallsHost, reference: HandleRef) -> Any:
     """A proxy of an exposed host object, of a class made for it."""
     handle = reference.handle
     namespace: dict[str, Any] = {name: _method(calls, handle, name) for name in reference.methods}

@@ -36,7 +36,7 @@ from ..wire.messages import (
 from .host_calls import HostCallError, HostCalls, Transport
 from .proxies import AsyncCalls, make_async_function, make_function, make_object
 
-__all__ = ("GuestSession",)
+__all__ = ("GuestSession", "summary")
 
 #: The echo of a cell's last expression, in characters.
 MAX_ECHO: Final = 20_000
@@ -209,7 +209,7 @@ class GuestSession:
     def _exec(self, message: Exec, decoder: Decoder) -> tuple[Any, Any, list[str] | None, bool]:
         value, failure = None, None
         try:
-            result = self._run(message.code, f"{_CELL}{message.number}>")
+            result = self.run_cell(message.code, f"{_CELL}{message.number}>")
             if result is not None:
                 value = _cut(repr(result), MAX_ECHO)
         except BaseException as exc:  # noqa: BLE001 - every exception of guest code is a result
@@ -222,12 +222,13 @@ class GuestSession:
         """Run a cell and encode its result, for nobody and on nobody's names."""
         names, self._names = self._names, {"__builtins__": builtins}
         try:
-            value = self._run(message.code, "<rehearsal>")
+            value = self.run_cell(message.code, "<rehearsal>")
         finally:
             self._names = names
         Done(Encoder(_opaque).encode(repr(value)), None, None, False, self._variables()[:0])
 
-    def _run(self, source: str, name: str) -> Any:
+    def run_cell(self, source: str, name: str) -> Any:
+        """Compile and run a cell. A setup that brings a policy of its own replaces this on the session."""
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
         flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
         tree: Any = compile(source, name, "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
@@ -259,7 +260,7 @@ class GuestSession:
 
     def summaries(self) -> dict[str, str]:
         """The session's variables: name to a short summary. No guest code runs for it."""
-        return {name: _summary(self._names[name]) for name in self._variables()}
+        return {name: summary(self._names[name]) for name in self._variables()}
 
     def _variables(self) -> list[str]:
         names = []
@@ -284,7 +285,8 @@ def _flush() -> None:
             pass  # the guest removed, replaced or closed its own stream
 
 
-def _summary(value: Any) -> str:
+def summary(value: Any) -> str:
+    """A variable in a few words. Runs no guest code."""
     kind = type(value)
     if value is None or kind in (bool, float) or (kind is int and value.bit_length() < 200):
         return f"{kind.__name__} {value!r}"

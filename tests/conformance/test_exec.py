@@ -9,7 +9,7 @@ import pytest
 from rlm_sandbox import Feature, REPLProtocol
 
 from ..conftest import OpenSession
-from .support import MISSING, error_type, needs, ok, run
+from .support import MISSING, error_type, needs, ok, only_if, run
 
 # ---- a real REPL
 
@@ -359,7 +359,7 @@ def test_a_syntax_error_names_its_cell_and_line(repl: REPLProtocol) -> None:
     assert "y = = 2" in traceback
 
 
-@needs(Feature.CPYTHON)
+@only_if(lambda capabilities: capabilities.has(Feature.INHERITANCE), "its exceptions hold one text, and no cause")
 def test_chained_exceptions_hold_guest_frames_only(repl: REPLProtocol) -> None:
     code = (
         "def inner():\n    raise KeyError('first')\ntry:\n    inner()\nexcept KeyError as e:\n    raise ValueError('second') from e"

@@ -283,6 +283,7 @@ def test_huge_numbers_end_in_time(open_session: OpenSession) -> None:
 # ---- death
 
 
+@only_if(lambda capabilities: capabilities.crash > Grade.NONE, "a death of its guest is the death of this process")
 @needs(Feature.CPYTHON)
 @pytest.mark.parametrize(
     "code",

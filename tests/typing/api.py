@@ -18,6 +18,7 @@ from rlm_sandbox import (
     MontyOptions,
     OutputChunk,
     REPLProtocol,
+    RestrictedOptions,
     SupportsFork,
     Usage,
     available,
@@ -32,6 +33,7 @@ def opening() -> None:
     assert_type(open_repl(), REPLProtocol)
     open_repl("jail", limits=Limits(time_seconds=5, memory_mb=256), accept=Grade.HARD, options=JailOptions())
     open_repl("monty", accept=Grade.COOPERATIVE, trusted=True, options=MontyOptions(max_processes=2), recovery=False)
+    open_repl("restricted", accept=Grade.NONE, trusted=True, options=RestrictedOptions(process=True))
     open_repl(setup="x = 1", files={"data.csv": "data.csv"}, packages=("numpy",))
     Limits(time_seconds=None, host_calls=None)
     assert_type(backend_names(), tuple[str, ...])

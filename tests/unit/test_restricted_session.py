@@ -1,0 +1,157 @@
+"""`restricted` in the host's process: how it opens, what it refuses, and that it leaves the host as it was."""
+
+from __future__ import annotations
+
+import gc
+import linecache
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlm_sandbox import BackendUnavailable, Context, Grade, Limits, REPLProtocol, UnsupportedLimit, open_repl
+from rlm_sandbox.registry import AUTO_ORDER, Availability, SessionConfig, load_backend
+
+from ..conftest import require_usable
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _usable() -> None:
+    try:
+        state = load_backend("restricted").probe()
+    except BackendUnavailable as exc:
+        state = Availability(False, exc.reason, exc.remedy)
+    require_usable("restricted", state)
+
+
+@pytest.fixture
+def repl() -> Iterator[REPLProtocol]:
+    with open_repl("restricted", limits=Limits(time_seconds=2), accept=Grade.NONE, trusted=True) as session:
+        yield session
+
+
+def test_it_opens_for_trusted_code_only() -> None:
+    for accept, trusted in ((Grade.HARD, True), (Grade.COOPERATIVE, True), (Grade.NONE, False)):
+        with pytest.raises(UnsupportedLimit):
+            open_repl("restricted", accept=accept, trusted=trusted)
+    with open_repl("restricted", limits=Limits(memory_mb=None), accept=Grade.COOPERATIVE, trusted=True) as repl:
+        assert repl.exec("1 + 1").value == "2"
+    assert "restricted" not in AUTO_ORDER
+
+
+def test_the_same_sentence_everywhere() -> None:
+    sentence = load_backend("restricted").capabilities(SessionConfig()).isolation
+    assert sentence == "none against an adversary"
+    for page in ("README.md", "SECURITY.md", "docs/limitations/restricted.md"):
+        assert sentence in (ROOT / page).read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("code", "value"),
+    [
+        ("d = {'a': 1}\nd['a'] += 2\nd['b'] = d.get('b', 0) + 1\nd", "{'a': 3, 'b': 1}"),
+        ("n: int = 3\ndef f(a: 'text', b: list[int] = []) -> dict:\n    return n\nf(1)", "3"),
+        ("def f():\n    n = 0\n    def g():\n        nonlocal n\n        n += 1\n        return n\n    g()\n    return g()\nf()", "2"),
+        ("class A:\n    n = 0\n    def __init__(self):\n        self._x = 1\n        self.n += 2\na = A()\na.n += 1\n(a._x, a.n)", "(1, 3)"),
+        ("'{0:>5}|{name!r}|{1[0]}|{2.real}'.format('x', [7], 3, name='n')", "\"    x|'n'|7|3\""),
+        ("f'{1/3:.2f} {\"a\":>{3}}'", "'0.33   a'"),
+        ("class P:\n    def __init__(self, x):\n        self.x = x\nmatch P(3):\n    case P(x=n):\n        r = n\nr", "3"),
+        ("class P:\n    def __repr__(self):\n        return self.__class__.__name__ + str(sorted(self.__dict__))\nP()", "P[]"),
+        ("from collections import namedtuple\nT = namedtuple('T', 'a b')\n(T(1, 2)._asdict(), T(1, 2)._replace(a=3))", "({'a': 1, 'b': 2}, T(a=3, b=2))"),
+        ("from dataclasses import dataclass\n@dataclass(order=True)\nclass D:\n    a: 'int'\n    b: int = 2\nsorted([D(3), D(1)])", "[D(a=1, b=2), D(a=3, b=2)]"),
+        ("import functools\n@functools.lru_cache(maxsize=None)\ndef f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)\nf(40)", "102334155"),
+        ("import csv, io\nlist(csv.DictReader(io.StringIO('a,b\\n1,2')))", "[{'a': '1', 'b': '2'}]"),
+        ("class E(ValueError):\n    def __init__(self, n):\n        super().__init__('no ' + str(n))\ntry:\n    raise E(3)\nexcept E as e:\n    r = str(e)\nr", "'no 3'"),
+        ("(lambda *a, **k: (a, k))(*[1, 2], **{'z': 3})", "((1, 2), {'z': 3})"),
+        ("a, (b, *c) = 1, (2, 3, 4)\n[x + y for x, y in zip([a, b], c)]", "[4, 6]"),
+        ("max(range(10 ** 7), default=0), sum(x for x in range(5)), sum(map(len, ['a', 'bc'])), any([]), sorted({3, 1})", "(9999999, 10, 3, False, [1, 3])"),
+        ("from contextlib import contextmanager\n@contextmanager\ndef c():\n    yield 5\nwith c() as n:\n    pass\nn", "5"),
+    ],
+)  # fmt: skip
+def test_what_models_write_works(repl: REPLProtocol, code: str, value: str) -> None:
+    result = repl.exec(code)
+    assert (result.outcome, result.error, result.value) == ("ok", None, value)
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("x = 1\nasync def f():\n    pass", 2),
+        ("x = []\n\nx.__class__ = 3", 3),
+        ("class C(metaclass=type):\n    pass", 1),
+        ("try:\n    pass\nexcept* ValueError:\n    pass", 1),
+        ("class C:\n    def __del__(self):\n        pass", 2),
+        ("super(int, 1)", 1),
+        ("f'{1:>100000000}'", 1),
+        ("'%99999999d' % 1", 1),
+    ],
+)
+def test_what_is_refused_names_its_line_and_where_to_go(repl: REPLProtocol, code: str, line: int) -> None:
+    result = repl.exec(f"{code}\nran = 1")
+    assert result.outcome == "error"
+    assert result.error is not None
+    assert result.error.startswith(f"SyntaxError: line {line}: ")
+    assert "jail" in result.error
+    assert repl.get("ran") is None
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "'a' * 10 ** 11", "[0] * 10 ** 11", "n = 10 ** 9\n2 ** n", "n = 10 ** 9\n1 << n", "list(range(10 ** 12))", "bytes(10 ** 12)",
+        "'{:>99999999}'.format(1)", "format(1, '>99999999')", "import math\nmath.factorial(10 ** 6)", "set(range(10 ** 12))",
+    ],
+)  # fmt: skip
+def test_one_operation_of_too_much_is_an_error(repl: REPLProtocol, code: str) -> None:
+    assert repl.exec(code).outcome == "error"
+    assert repl.exec("1").ok
+
+
+def test_an_endless_iterator_ends_in_time_on_any_thread() -> None:
+    outcomes = []
+
+    def run() -> None:
+        with open_repl("restricted", limits=Limits(time_seconds=0.2), accept=Grade.NONE, trusted=True) as repl:
+            for code in (
+                "max(itertools.count())",
+                "list(itertools.repeat(1))",
+                "sorted(itertools.cycle('a'))",
+                "sum(iter(int, 1))",
+            ):
+                outcomes.append(repl.exec(f"import itertools\n{code}").outcome)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert set(outcomes) <= {"limit", "error"}
+    assert outcomes[0] == outcomes[3] == "limit"
+
+
+def test_the_host_is_left_as_it_was(repl: REPLProtocol) -> None:
+    before = (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGVTALRM), set(linecache.cache))
+    repl.exec("def f():\n    1 / 0\nf()")
+    repl.exec("while True:\n    pass", limits=Limits(time_seconds=0.1))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGVTALRM)) == before[:2]
+    assert not [name for name in set(linecache.cache) - before[2] if name.startswith("<")]
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_outlives_its_cell_ends_at_its_first_step() -> None:
+    """A generator's ``finally`` that runs when the session lets go of it does not run on unwatched."""
+    with open_repl("restricted", limits=Limits(time_seconds=1), accept=Grade.NONE, trusted=True) as repl:
+        assert repl.exec(
+            "def g():\n    try:\n        yield 1\n    finally:\n        while True:\n            pass\nx = g()\nnext(x)"
+        ).ok
+    gc.collect()
+
+
+def test_a_host_object_is_reached_by_its_list_only(repl: REPLProtocol) -> None:
+    repl.bind("ctx", Context.from_text("a needle", metadata={"k": [1]}))
+    assert repl.exec("ctx.find('n.e', regex=True)").value == "[(2, 5, 'nee')]"
+    for code in ("ctx._text", "ctx.memory_file()", "ctx.text", "ctx.whole", "type(ctx)._context", "ctx.find(pattern=['a'])"):
+        assert repl.exec(code).outcome == "error"
