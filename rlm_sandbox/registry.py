@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from .errors import BackendUnavailable, UnsupportedLimit
 from .limits import Limits
-from .options import BackendOptions, JailOptions, MontyOptions
+from .options import BackendOptions, DockerOptions, JailOptions, MontyOptions
 from .protocol import Capabilities, Grade, REPLProtocol
 
 __all__ = ("AUTO_ORDER", "Availability", "Backend", "SessionConfig", "available", "backend_names", "load_backend", "open_repl")
@@ -61,6 +61,7 @@ class _Entry:
 
 # In alphabetical order, which a test checks.
 _BACKENDS: Final[dict[str, _Entry]] = {
+    "docker": _Entry("rlm_sandbox.backends.docker", DockerOptions, "docker", "run: pip install 'rlm-sandbox[docker]'"),
     "jail": _Entry("rlm_sandbox.backends.jail", JailOptions, "", "use Linux 5.14 or newer, or another backend"),
     "monty": _Entry("rlm_sandbox.backends.monty", MontyOptions, "pydantic_monty", "run: pip install 'rlm-sandbox[monty]'"),
 }

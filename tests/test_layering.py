@@ -59,6 +59,8 @@ FACES_MAY_NOT = ("backends", "wire", "confine", "runners")
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "rlm_guest": ("runners.archive_main",),  # the guest side itself, under its name in the archive
     "pydantic_monty": ("backends.monty",),
+    "docker": ("backends.docker",),
+    "requests": ("backends.docker",),  # docker-py's transport, for its exceptions
     "openai": ("adapters",),
     "prompt_toolkit": ("repl",),
     "rich": ("console", "cli", "doctor", "repl", "__main__"),

@@ -472,8 +472,7 @@ class FramedSession:
                 raise
             self._recover_between(Death())
             raise GuestCrashed(f"the guest was lost before the context could be bound ({exc})", state=self._pending_state) from None
-        # A description of the session's own: the host's has an offset, which sessions would share.
-        fd = os.open(f"/proc/self/fd/{stored.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = self._guest.open_context(context)
         try:
             self._plain_turn(message, encoder.attachments, (fd,))
         finally:
