@@ -28,6 +28,9 @@ CONTEXTS: Final = "/ctx"
 _CHUNK: Final = 1 << 16
 #: Linux makes a process's CPU clock id from its pid: ~pid << 3 | CPUCLOCK_SCHED.
 _CPUCLOCK_SCHED: Final = 2
+#: Field of /proc/PID/statm that counts data and stack, in pages; what RLIMIT_DATA bounds is at most that.
+_STATM_DATA: Final = 5
+_PAGE_KB: Final = os.sysconf("SC_PAGE_SIZE") // 1024
 _SIGNALS: Final = {"wake": signal.SIGCONT, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}
 
 
@@ -54,10 +57,13 @@ class _Attached:
 class Relay(Multiplexer):
     """The container's end of the stream. It believes the host and the supervisor, and only carries what the worker sends."""
 
-    def __init__(self, data: socket.socket, supervisor_socket: socket.socket, outputs: dict[int, int]) -> None:
+    def __init__(
+        self, data: socket.socket, supervisor_socket: socket.socket, outputs: dict[int, int], data_limit_kb: int | None
+    ) -> None:
         super().__init__(_Attached(), data, supervisor_socket, outputs, reads_outputs=True)
         self._supervisor = supervisor_socket
-        self._worker = -1
+        self._data_limit_kb = data_limit_kb
+        self._worker = self._statm = -1
         self._worker_pid = 0
 
     def on_remote(self, message: control.Message) -> None:
@@ -67,10 +73,12 @@ class Relay(Multiplexer):
             if op == "wake":
                 self.set_turn(int(message["turn"]))
             self._signal(_SIGNALS[op])
-        elif op == "clock":
-            self.send_clock()
+            if op == "stop":
+                self.send_vitals()
+        elif op == "vitals":
+            self.send_vitals()
         elif op == "measure":
-            self.send_message({"op": "measured", **self._measure()})
+            self.send_message(self._peak())
         elif op in ("recover", "fresh"):
             mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             with theirs:
@@ -82,12 +90,10 @@ class Relay(Multiplexer):
     def on_local(self, message: control.Message, fds: list[int]) -> None:
         """A report of the supervisor; with one about a worker comes that worker's pidfd."""
         if "worker" in message and fds:
-            self._worker_pid = int(message["worker"])
-            if self._worker >= 0:
-                os.close(self._worker)
-            self._worker = fds.pop()
+            self._take_worker(int(message["worker"]), fds.pop())
         for fd in fds:
             os.close(fd)
+        self.send_vitals()
         self.send_message(message)
 
     def on_file(self, name: str) -> int:
@@ -102,26 +108,33 @@ class Relay(Multiplexer):
         except ProcessLookupError:
             pass  # it died; the supervisor reports it
 
-    def clock(self) -> float | None:
-        """See `Multiplexer.clock`."""
+    def vitals(self) -> tuple[float, int] | None:
+        """See `Multiplexer.vitals`."""
         try:
-            return time.clock_gettime((~self._worker_pid << 3) | _CPUCLOCK_SCHED)
-        except OSError:
+            cpu = time.clock_gettime((~self._worker_pid << 3) | _CPUCLOCK_SCHED)
+            pages = int(os.pread(self._statm, 256, 0).split()[_STATM_DATA]) if self._data_limit_kb else 0
+        except (OSError, IndexError, ValueError):
             return None
+        return cpu, (self._data_limit_kb - pages * _PAGE_KB if self._data_limit_kb else -1)
 
-    def _measure(self) -> control.Message:
-        """Peak memory of the worker and what it may still allocate, as the kernel counts them; what it does not tell is left out."""
-        found: control.Message = {}
+    def _take_worker(self, pid: int, pidfd: int) -> None:
+        for fd in (self._worker, self._statm):
+            if fd >= 0:
+                os.close(fd)
+        self._worker, self._worker_pid, self._statm = pidfd, pid, -1
+        try:
+            self._statm = os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            pass  # it died already
+
+    def _peak(self) -> control.Message:
+        """Peak memory of the worker, as the kernel counts it."""
         try:
             with open(f"/proc/{self._worker_pid}/status") as file:
                 sizes = {line.partition(":")[0]: line.split() for line in file}
-            found["peak_kb"] = int(sizes["VmHWM"][1])
-            with open(f"/proc/{self._worker_pid}/limits") as file:
-                allowed = next(line.split()[3] for line in file if line.startswith("Max data size"))
-            found["headroom_kb"] = int(allowed) // 1024 - int(sizes["VmData"][1])
-        except (OSError, KeyError, ValueError, StopIteration):
-            pass
-        return found
+            return {"op": "measured", "peak_kb": int(sizes["VmHWM"][1])}
+        except (OSError, KeyError, ValueError):
+            return {"op": "measured"}
 
 
 def _settings() -> control.Message:
@@ -143,12 +156,15 @@ def _read_exactly(size: int) -> bytes:
     return data
 
 
-def _run_relay(data: socket.socket, supervisor_socket: socket.socket, outputs: dict[int, int]) -> NoReturn:
+def _run_relay(
+    data: socket.socket, supervisor_socket: socket.socket, outputs: dict[int, int], plan: SessionConfinement
+) -> NoReturn:
     try:
         raw.close_all_except({0, 1, 2, data.fileno(), supervisor_socket.fileno(), *outputs.values()})
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         confine_relay()
-        Relay(data, supervisor_socket, outputs).run()
+        limit = None if plan.memory_mb is None else plan.base_data // 1024 + plan.memory_mb * 1024
+        Relay(data, supervisor_socket, outputs, limit).run()
     except (StreamFailed, OSError):
         pass  # the end of the host or of the supervisor is the end of the session
     finally:
@@ -180,6 +196,6 @@ def main() -> int:
     out_read, out_write = os.pipe()
     err_read, err_write = os.pipe()
     if os.fork() == 0:
-        _run_relay(data, reports, {STDOUT: out_read, STDERR: err_read})
+        _run_relay(data, reports, {STDOUT: out_read, STDERR: err_read}, plan)
     fds = [data_theirs.detach(), reports_theirs.detach(), out_write, err_write]
     supervisor.main(lambda: confine_in_container(plan), set(), fds, settings["seconds"])

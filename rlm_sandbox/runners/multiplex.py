@@ -32,9 +32,9 @@ ACK: Final = 1
 MESSAGE: Final = 2
 #: The name of a file whose descriptor goes with the data that follows.
 FILE: Final = 3
-#: The length is the worker's CPU time so far, in `CLOCK_UNIT`; there is no payload.
-CLOCK: Final = 4
-CLOCK_UNIT: Final = 1e-4
+#: The worker's CPU time so far in seconds, and what it may still allocate in KiB (below 0: not known).
+VITALS: Final = 4
+_VITALS: Final = struct.Struct("<dq")
 
 DATA: Final = 0
 STDOUT: Final = 1
@@ -43,7 +43,8 @@ STDERR: Final = 2
 WINDOW: Final = 1 << 19
 _CHUNK: Final = 1 << 16
 _ACK_AT: Final = WINDOW // 4
-_MAX_NAME: Final = 64
+#: Kinds that are handled whole, with the length they may have.
+_WHOLE: Final = {MESSAGE: control.MAX_MESSAGE, FILE: 64, VITALS: _VITALS.size}
 #: Reads of one pipe before something that was sent after it goes on; a pipe holds 64 KiB.
 _DRAIN_READS: Final = 4
 
@@ -120,12 +121,12 @@ class Multiplexer:
         """A message on the local control socket; the descriptors are the receiver's."""
         raise NotImplementedError
 
-    def clock(self) -> float | None:
-        """The worker's CPU time in seconds, where this end can tell."""
+    def vitals(self) -> tuple[float, int] | None:
+        """The worker's CPU time in seconds and what it may still allocate in KiB, where this end can tell."""
         return None
 
-    def on_clock(self, seconds: float) -> None:
-        """The worker's CPU time, as of the bytes that follow or of now."""
+    def on_vitals(self, cpu_seconds: float, headroom_kb: int) -> None:
+        """The same from the other end, as of the bytes that follow, or of now."""
 
     def on_file(self, name: str) -> int:
         """Open a file that goes with the data that follows."""
@@ -212,11 +213,11 @@ class Multiplexer:
         """Send a message to the other end."""
         self._send(MESSAGE, 0, 0, control.dump(message))
 
-    def send_clock(self) -> None:
-        """Tell the other end the worker's CPU time, if this end knows it."""
-        seconds = self.clock()
-        if seconds is not None:
-            self._send(CLOCK, 0, 0, b"", min(int(seconds / CLOCK_UNIT), 0xFFFFFFFF))
+    def send_vitals(self) -> None:
+        """Tell the other end how the worker is, if this end knows."""
+        found = self.vitals()
+        if found is not None:
+            self._send(VITALS, 0, 0, _VITALS.pack(*found))
 
     def set_turn(self, number: int) -> None:
         """From now on output belongs to another turn. The end that reads the pipes first takes what is of the old one."""
@@ -278,7 +279,7 @@ class Multiplexer:
             except OSError:
                 payload = b""
             self._drain_outputs()
-            self.send_clock()
+            self.send_vitals()
         port.credit -= len(payload)
         port.closed = not payload
         self._send(BYTES, DATA, self._generation, payload)
@@ -336,15 +337,12 @@ class Multiplexer:
             port = self._ports.get(self._channel)
             if port is not None and (self._channel != DATA or self._tag == self._generation):
                 port.credit += length
-        elif kind == CLOCK:
-            self._left = 0
-            self.on_clock(length * CLOCK_UNIT)
         elif kind == BYTES:
             if self._channel not in self._ports or length > _CHUNK:
                 raise StreamFailed("a channel is unknown, or its frame too long")
             if not length:
                 self._deliver(b"")
-        elif not (kind == MESSAGE and 0 < length <= control.MAX_MESSAGE) and not (kind == FILE and 0 < length <= _MAX_NAME):
+        elif not 0 < length <= _WHOLE.get(kind, 0):
             raise StreamFailed("a frame is malformed")
 
     def _whole(self, payload: bytes) -> None:
@@ -354,6 +352,10 @@ class Multiplexer:
             except ValueError as exc:
                 raise StreamFailed(str(exc)) from None
             self.on_remote(message)
+        elif self._kind == VITALS:
+            if len(payload) != _VITALS.size:
+                raise StreamFailed("a frame is malformed")
+            self.on_vitals(*_VITALS.unpack(payload))
         elif self._tag == self._generation:
             self._files = (self.on_file(payload.decode("ascii", "replace")),)
 

@@ -92,6 +92,7 @@ class HostEnd(Multiplexer):
         self._attached = attached
         self._directory = directory
         self.cpu_seconds: float | None = None
+        self.headroom_mb: float | None = None
         self._thread = threading.Thread(target=self._serve, name="rlm-sandbox-docker", daemon=True)
 
     def start(self) -> None:
@@ -130,9 +131,10 @@ class HostEnd(Multiplexer):
         """A report of the supervisor or the relay, for the session."""
         control.send(self._local, message)
 
-    def on_clock(self, seconds: float) -> None:
-        """The worker's CPU time so far."""
-        self.cpu_seconds = seconds
+    def on_vitals(self, cpu_seconds: float, headroom_kb: int) -> None:
+        """See `Multiplexer.on_vitals`."""
+        self.cpu_seconds = cpu_seconds
+        self.headroom_mb = headroom_kb / 1024 if headroom_kb >= 0 else None
 
     def on_descriptor(self, fd: int) -> str:
         """A context's file: it is linked to where the container sees it."""

@@ -16,6 +16,8 @@ from .profile import seccomp_profile
 __all__ = ("OVERHEAD_MB", "create_container", "memory_mb")
 
 _USER: Final = "65534:65534"
+#: Copies of a heap at worst: the worker, its standby, and the next standby while it takes the other's place.
+_PROCESSES: Final = 3
 #: Supervisor, relay and the interpreter's own pages; the base that every container has.
 OVERHEAD_MB: Final = 48
 #: Beside the worker's own: supervisor, relay, and for a moment two standbys.
@@ -26,10 +28,10 @@ _EXPIRY_SLACK_SECONDS: Final = 600
 
 
 def memory_mb(limits: Limits, *, recovery: bool) -> int | None:
-    """What the container may use in MiB: worker and standby can grow apart, and its tmpfs counts too. None: no limit."""
+    """What the container may use in MiB: worker and standbys can grow apart, and its tmpfs counts too. None: no limit."""
     if limits.memory_mb is None or limits.disk_mb is None:
         return None
-    return limits.memory_mb * (2 if recovery else 1) + limits.disk_mb + OVERHEAD_MB
+    return limits.memory_mb * (_PROCESSES if recovery else 1) + limits.disk_mb + OVERHEAD_MB
 
 
 def _tmpfs(disk_mb: int | None) -> str:

@@ -7,7 +7,7 @@ import select
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from ...bridge.guest import Death, GuestLost, Recovery, Report
 from ...context import Context
@@ -122,15 +122,19 @@ class DockerGuest:
 
     def report(self) -> Report | None:
         """See `Guest.report`."""
-        if not select.select([self._control], [], [], 0)[0]:
+        poll = select.poll()  # select() fails on descriptors above 1023
+        poll.register(self._control, select.POLLIN)
+        if not poll.poll(0):
             return None
         message = self._receive(1.0)
         if message["op"] == "died":
             return Report("died", _death(message))
         if message["op"] == "protected":
             return Report("protected")
-        if message["op"] in ("unprotected", "standby_died"):
+        if message["op"] == "unprotected":
             return Report("unprotected")
+        if message["op"] == "standby_died":
+            return Report("standby_died")
         return None
 
     def _ask(self, order: control.Message, answer: str) -> control.Message:
@@ -193,23 +197,20 @@ class DockerGuest:
         now = time.monotonic()
         if now - self._clock_asked > _CLOCK_SECONDS:
             self._clock_asked = now
-            self._signal({"op": "clock"})
+            self._signal({"op": "vitals"})
         return self._end.cpu_seconds if self._end is not None else None
-
-    def _measured(self, name: str) -> float | None:
-        try:
-            value = self._ask({"op": "measure"}, "measured").get(name)
-        except GuestLost:
-            return None
-        return value / 1024 if isinstance(value, int) else None
 
     def peak_memory_mb(self) -> float | None:
         """See `Guest.peak_memory_mb`."""
-        return self._measured("peak_kb")
+        try:
+            value = self._ask({"op": "measure"}, "measured").get("peak_kb")
+        except GuestLost:
+            return None
+        return value / 1024 if type(value) is int else None
 
     def memory_headroom_mb(self) -> float | None:
-        """See `Guest.memory_headroom_mb`."""
-        return self._measured("headroom_kb")
+        """See `Guest.memory_headroom_mb`. As of the worker's last bytes."""
+        return self._end.headroom_mb if self._end is not None else None
 
     def grow_address_space(self, size: int) -> None:
         """See `Guest.grow_address_space`. The supervisor moves the soft limit: a worker may not set limits."""
@@ -242,11 +243,11 @@ class DockerGuest:
             self._directory.close()
 
 
-def _death(message: dict[str, Any]) -> Death:
+def _death(message: control.Message) -> Death:
     status, cpu, peak = message.get("status"), message.get("cpu"), message.get("maxrss_kb")
     return Death(
-        status=status if isinstance(status, int) else None,
-        cpu_seconds=float(cpu) if isinstance(cpu, int | float) else None,
-        peak_memory_mb=peak / 1024 if isinstance(peak, int) else None,
+        status=status if type(status) is int and 0 <= status < 1 << 16 else None,
+        cpu_seconds=float(cpu) if isinstance(cpu, int | float) and 0 <= cpu < 1e9 else None,
+        peak_memory_mb=peak / 1024 if type(peak) is int and 0 <= peak < 1 << 50 else None,
         why=str(message.get("why", ""))[:200],
     )
