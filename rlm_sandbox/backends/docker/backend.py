@@ -6,10 +6,11 @@ from typing import Final
 
 from ...bridge.framed import FramedSession
 from ...errors import BackendUnavailable
-from ...options import DockerOptions
+from ...options import BackendOptions, DockerOptions
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
 from ...registry import Availability, SessionConfig
 from .container import memory_mb
+from .contexts import sweep
 from .engine import engine_for
 from .guest import DockerGuest
 
@@ -23,10 +24,11 @@ def _options(config: SessionConfig) -> DockerOptions:
 class DockerBackend:
     """See `rlm_sandbox.registry.Backend`."""
 
-    def probe(self) -> Availability:
-        """Ask the engine. A session's own options are checked when it opens."""
+    def probe(self, options: BackendOptions | None = None) -> Availability:
+        """Ask the engine for the image and the runtime; a container is too much for a probe."""
+        wanted = options if isinstance(options, DockerOptions) else DockerOptions()
         try:
-            engine_for(None).check(DockerOptions())
+            engine_for(wanted.docker_host).check(wanted)
         except BackendUnavailable as exc:
             return Availability(False, exc.reason, exc.remedy)
         return Availability(True)
@@ -71,10 +73,14 @@ class DockerBackend:
         """Open a session."""
         options = _options(config)
         engine = engine_for(options.docker_host)
-        engine.check(options)
         return FramedSession(
             lambda: DockerGuest(engine, options, config.limits, recovery=config.recovery), config, self.capabilities(config)
         )
+
+    def prune(self) -> list[str]:
+        """See `PrunesLeftovers`."""
+        sweep()
+        return engine_for(None).prune()
 
 
 BACKEND: Final = DockerBackend()

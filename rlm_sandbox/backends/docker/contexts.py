@@ -18,7 +18,7 @@ from typing import Final
 from ...context import Context
 from .engine import own_name, owner_is_alive
 
-__all__ = ("SessionDirectory", "stored_file")
+__all__ = ("SessionDirectory", "stored_file", "sweep")
 
 _PREFIX: Final = "rlm-sandbox-docker."
 _SHM: Final = Path("/dev/shm")  # noqa: S108 - a directory of our own below it, 0700, with a name of our own
@@ -32,9 +32,9 @@ def _base() -> Path:
     return _SHM if os.access(_SHM, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
 
 
-def _sweep(base: Path) -> None:
+def sweep() -> None:
     """Remove directories of processes that ended without doing it (killed, say)."""
-    for path in base.glob(f"{_PREFIX}*"):
+    for path in _base().glob(f"{_PREFIX}*"):
         try:
             mine = path.lstat().st_uid == os.geteuid() and not path.is_symlink()
         except OSError:
@@ -47,9 +47,8 @@ def _own_root() -> Path:
     """This process's directory, private to its user. Call with the lock held."""
     global _root, _root_pid
     if _root is None or _root_pid != os.getpid():
-        base = _base()
-        _sweep(base)
-        path = base / f"{_PREFIX}{own_name()}"
+        sweep()
+        path = _base() / f"{_PREFIX}{own_name()}"
         path.mkdir(mode=0o700)
         weakref.finalize(_keeper, _remove_root, path, os.getpid())
         _root, _root_pid = path, os.getpid()

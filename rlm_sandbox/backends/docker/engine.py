@@ -86,8 +86,10 @@ class Engine:
         self.owner_pid = os.getpid()
         address = docker_host or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         self.local = address.startswith("unix://")
+        if self.local and not Path(address.removeprefix("unix://")).exists():
+            raise BackendUnavailable(NAME, "the engine does not answer (there is no such socket)", _NO_ENGINE)
         with mapped_errors("asking for the engine's version"):
-            self.api: Any = docker.APIClient(base_url=address, version="auto", timeout=_TIMEOUT_SECONDS, num_pools=64)
+            self.api: Any = docker.APIClient(base_url=address, version="auto", timeout=_TIMEOUT_SECONDS)
 
     def check(self, options: DockerOptions) -> None:
         """Whether sessions can be made with these options. Raises `BackendUnavailable` with the remedy."""
