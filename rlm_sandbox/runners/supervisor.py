@@ -37,6 +37,7 @@ __all__ = ("main",)
 #: Forking 1 GB of small objects takes about 60 ms.
 TICKET_SECONDS: Final = 2.0
 _START_SECONDS: Final = 5.0
+_LAST_WORDS_SECONDS: Final = 1.0
 _CREDENTIALS: Final = struct.Struct("=iII")
 _NOTIFICATION: Final = struct.Struct("=QIIiIQ6Q")
 _RESPONSE: Final = struct.Struct("=QqiI")
@@ -387,6 +388,11 @@ def main(confine: Callable[[], None], keep: set[int], fds: list[int], seconds: f
         control.send(host, ready, (os.pidfd_open(os.getpid()), supervisor._worker_pidfd))
     except OSError as exc:
         control.send(host, {"op": "failed", "error": f"{exc.strerror or exc}"[:500], "errno": exc.errno or 0})
+        host.settimeout(_LAST_WORDS_SECONDS)
+        try:
+            host.recv(1)  # as pid 1 of a container we would take the relay with us before it has passed this on
+        except OSError:
+            pass
         os._exit(1)
     try:
         supervisor.serve()
