@@ -60,9 +60,18 @@ sessions[0].exec("x = 1")
 print(own_name(), flush=True)
 {then}
 """
+_FORKED = """
+import os
+if os.fork() == 0:
+    time.sleep(60)  # outlives the host with a copy of everything it had open
+    os._exit(0)
+time.sleep(600)
+"""
 
 
-@pytest.mark.parametrize("then", ["time.sleep(600)", "sessions[0].exec('while True: pass')"], ids=["idle", "busy"])
+@pytest.mark.parametrize(
+    "then", ["time.sleep(600)", "sessions[0].exec('while True: pass')", _FORKED], ids=["idle", "busy", "forked"]
+)
 def test_a_killed_host_leaves_no_container(api: Any, then: str) -> None:
     host = subprocess.Popen([sys.executable, "-c", _HOST.format(then=then)], stdout=subprocess.PIPE, text=True)
     assert host.stdout is not None
@@ -70,6 +79,7 @@ def test_a_killed_host_leaves_no_container(api: Any, then: str) -> None:
         owner = host.stdout.readline().strip()
         assert len(ours(api, owner)) == 2
     finally:
+        time.sleep(0.5)
         host.send_signal(signal.SIGKILL)
         host.wait()
         host.stdout.close()

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+import weakref
 from typing import Any, Final
 
 from ...runners import control
@@ -34,6 +35,8 @@ class Attached:
         self._header = b""
         self._left = 0
         self._stream = 0
+        self._owner = os.getpid()
+        _open.add(self)
         self.words = b""
         """What the container wrote to standard error: supervisor and relay only, the worker does not hold it."""
 
@@ -68,6 +71,8 @@ class Attached:
 
     def close(self) -> None:
         """Detach, which closes the container's standard input and so ends it. Idempotent."""
+        if self._owner != os.getpid():
+            return
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         # The HTTP response below it first; it flushes a file that the wrapper's close would have closed.
@@ -75,6 +80,23 @@ class Attached:
             if part is not None:
                 with contextlib.suppress(OSError, ValueError):
                     part.close()
+
+    def forget(self) -> None:
+        """In a forked child of the host: give up the child's copy, which would keep the container alive after the host."""
+        fd = self._sock.detach()
+        if fd >= 0:
+            os.close(fd)
+
+
+_open: Final[weakref.WeakSet[Attached]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for attached in list(_open):
+        attached.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class HostEnd(Multiplexer):

@@ -37,14 +37,16 @@ def _start_time(pid: int) -> str:
 
 @functools.cache
 def _boot() -> str:
+    """This boot and pid namespace: in another one, pids of the same machine say nothing."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}-{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
         return "unknown"
 
 
 def own_name() -> str:
-    """This process, as owner of containers and directories: boot, pid and start time."""
+    """This process, as owner of containers and directories: boot and pid namespace, pid, start time."""
     try:
         return f"{_boot()}.{os.getpid()}.{_start_time(os.getpid())}"
     except OSError:
@@ -52,12 +54,10 @@ def own_name() -> str:
 
 
 def owner_is_alive(owner: str) -> bool | None:
-    """Whether the owner runs; None if that cannot be told from here: it belongs to another machine."""
+    """Whether the owner runs; None if that cannot be told from here: it belongs to another machine or pid namespace."""
     boot, _, rest = owner.partition(".")
     pid, _, started = rest.partition(".")
-    if not pid.isdigit() or boot == "unknown":
-        return None
-    if boot != _boot():
+    if not pid.isdigit() or boot == "unknown" or boot != _boot():
         return None
     try:
         return _start_time(int(pid)) == started
