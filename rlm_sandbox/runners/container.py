@@ -165,8 +165,10 @@ def _run_relay(
         confine_relay()
         limit = None if plan.memory_mb is None else plan.base_data // 1024 + plan.memory_mb * 1024
         Relay(data, supervisor_socket, outputs, limit).run()
-    except (StreamFailed, OSError):
-        pass  # the end of the host or of the supervisor is the end of the session
+    except StreamFailed:
+        pass  # the end of the host is the end of the session
+    except OSError as exc:
+        os.write(2, f"the relay failed: {exc}\n".encode())
     finally:
         os._exit(0)
 

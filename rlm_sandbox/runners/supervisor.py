@@ -386,8 +386,9 @@ def main(confine: Callable[[], None], keep: set[int], fds: list[int], seconds: f
         os.close(data_fd)
         ready = {"op": "ready", "worker": supervisor._worker}
         control.send(host, ready, (os.pidfd_open(os.getpid()), supervisor._worker_pidfd))
-    except OSError as exc:
-        control.send(host, {"op": "failed", "error": f"{exc.strerror or exc}"[:500], "errno": exc.errno or 0})
+    except (OSError, ValueError) as exc:  # setrlimit raises ValueError where the kernel refuses a limit
+        text, number = (exc.strerror, exc.errno) if isinstance(exc, OSError) else (None, None)
+        control.send(host, {"op": "failed", "error": f"{text or exc}"[:500], "errno": number or 0})
         host.settimeout(_LAST_WORDS_SECONDS)
         try:
             host.recv(1)  # as pid 1 of a container we would take the relay with us before it has passed this on
