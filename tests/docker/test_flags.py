@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("docker", reason="the extra 'docker' is not installed")
+
 from rlm_sandbox import Context, Limits, REPLProtocol, open_repl
 from rlm_sandbox.backends.docker.engine import own_name
 from rlm_sandbox.backends.docker.profile import seccomp_profile

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("docker", reason="the extra 'docker' is not installed")
+
 from rlm_sandbox import BackendUnavailable, Context, Limits, REPLProtocol, open_repl
 from rlm_sandbox.backends.docker import contexts
 from rlm_sandbox.backends.docker.engine import own_name
