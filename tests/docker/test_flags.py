@@ -15,7 +15,7 @@ from rlm_sandbox.backends.docker.engine import own_name
 from rlm_sandbox.backends.docker.profile import seccomp_profile
 from rlm_sandbox.options import DockerOptions
 
-from .conftest import ours
+from .conftest import ours, until
 
 LIMITS = Limits(memory_mb=100, disk_mb=8, processes=20, session_seconds=300)
 
@@ -68,9 +68,14 @@ def test_no_environment_but_the_engines_path(found: dict[str, Any]) -> None:
 def test_the_kernel_says_so_of_every_process(api: Any, repl: REPLProtocol) -> None:
     assert repl.exec("x = 1").outcome == "ok"
     (container,) = ours(api, own_name())
-    listed = api.top(container["Id"], ps_args="-eo pid")
-    pids = [int(row[0]) for row in listed["Processes"]]
-    assert len(pids) == 4  # supervisor, relay, worker, standby
+    pids: list[int] = []
+
+    def settled() -> bool:
+        """Supervisor, relay, worker and standby; for a moment after a cell there are two standbys."""
+        pids[:] = [int(row[0]) for row in api.top(container["Id"], ps_args="-eo pid")["Processes"]]
+        return len(pids) == 4
+
+    until(settled)
     for pid in pids:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         status = {line.partition(":")[0]: line.split()[1:] for line in lines}
