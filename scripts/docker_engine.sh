@@ -31,6 +31,10 @@ install_packages() {
 
 start_engine() {
     mkdir -p "$state"
+    for _ in $(seq 60); do # one that is just ending keeps its pid file until its containers are gone
+        [[ -f /var/run/docker.pid ]] && kill -0 "$(cat /var/run/docker.pid)" 2>/dev/null || break
+        sleep 0.5
+    done
     local runtimes='{}'
     # This runtime has no network of its own to offer, and works where neither KVM nor systrap does.
     if command -v runsc >/dev/null; then
