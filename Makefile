@@ -6,10 +6,10 @@ PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 
 BIN := $(VENV)/bin
-DEMO_EXTRAS := $(if $(filter monty restricted,$(BACKEND)),[$(BACKEND)],)
+DEMO_EXTRAS := $(if $(filter docker monty restricted,$(BACKEND)),[$(BACKEND)],)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench fuzz clean
+.PHONY: help demo image test lint format bench fuzz clean
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ demo: $(VENV)/.demo-$(BACKEND)  ## answer a question over a long text in a sandb
 
 test: lint  ## lint, types and the whole test suite (PYTEST_ARGS="-k name")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+image: $(VENV)/.dev  ## the runner image of the docker backend (BASE_IMAGE=... where there is no registry)
+	$(BIN)/python scripts/runner_image.py $(if $(BASE_IMAGE),--base '$(BASE_IMAGE)')
 
 lint: $(VENV)/.dev  ## ruff, format check, mypy
 	$(BIN)/ruff check .

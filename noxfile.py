@@ -8,7 +8,7 @@ from __future__ import annotations
 import nox
 
 PYTHONS = ["3.11", "3.12", "3.13"]
-BACKENDS = ["jail", "monty", "restricted"]
+BACKENDS = ["docker", "jail", "monty", "restricted"]
 TEST_TOOLS = ["hypothesis", "psutil", "pytest", "pytest-timeout"]
 
 nox.options.sessions = ["lint", "types", "tests"]

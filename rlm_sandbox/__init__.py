@@ -19,7 +19,7 @@ from .errors import (
     UnsupportedLimit,
 )
 from .limits import Limits
-from .options import BackendOptions, JailOptions, MontyOptions, RestrictedOptions
+from .options import BackendOptions, DockerOptions, JailOptions, MontyOptions, RestrictedOptions
 from .orchestrator import RLM, AdapterError, Completion, LLMAdapter, Policy, PolicyExceeded, TokenUsage, Trace
 from .protocol import Capabilities, Feature, Grade, REPLProtocol, SupportsCheckpoint, SupportsFork, SupportsReadFile
 from .registry import available, backend_names, open_repl
@@ -33,6 +33,7 @@ __all__ = (
     "Capabilities",
     "Completion",
     "Context",
+    "DockerOptions",
     "ExecResult",
     "Exposed",
     "FakeAdapter",

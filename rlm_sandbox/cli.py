@@ -24,7 +24,7 @@ from .errors import SandboxError
 from .limits import Limits
 from .orchestrator import RLM, Listener, Policy, RunFinished, Trace
 from .protocol import Grade, REPLProtocol
-from .registry import backend_names, open_repl
+from .registry import backend_names, open_repl, prune
 from .trajectory import JsonlWriter
 
 __all__ = ("main",)
@@ -97,6 +97,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+docker_app = typer.Typer(help="Containers of the docker backend.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(docker_app, name="docker")
 
 
 def main() -> None:
@@ -261,6 +264,17 @@ def doctor(
         render(diagnosis, Console(file=sys.stdout, highlight=False))
     if not diagnosis.usable:
         raise typer.Exit(FAILED)
+
+
+@docker_app.command(name="prune")
+def docker_prune() -> None:
+    """Remove containers whose host process is gone, or whose session has expired."""
+    with _explained(SandboxError):
+        removed = prune("docker")
+    for name in removed:
+        typer.echo(f"removed {inert(name)}")
+    if not removed:
+        typer.echo("nothing was left behind")
 
 
 @contextlib.contextmanager

@@ -5,12 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ("BackendOptions", "JailOptions", "MontyOptions", "RestrictedOptions")
+__all__ = ("BackendOptions", "DockerOptions", "JailOptions", "MontyOptions", "RestrictedOptions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendOptions:
     """Base of every backend's options."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DockerOptions(BackendOptions):
+    """Options of the ``docker`` backend.
+
+    ``image``: the runner image, as ``make image`` tags it. ``runtime``: the engine's name for a runtime (``"runsc"`` is
+    gVisor); None is the engine's default. ``cpus``: processors a session may use, fractions allowed; None is no limit.
+    ``docker_host``: the engine's address (``"unix:///run/docker.sock"``, ``"tcp://..."``); None is what ``DOCKER_HOST`` says.
+    """
+
+    image: str = "rlm-sandbox-runner:0.1"
+    runtime: str | None = None
+    cpus: float | None = 1.0
+    docker_host: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image", "runtime", "docker_host"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise TypeError(f"DockerOptions.{name} must be a text that is not empty")
+        if self.image is None:
+            raise TypeError("DockerOptions.image must be the name of an image")
+        if self.cpus is not None:
+            if isinstance(self.cpus, bool) or not isinstance(self.cpus, int | float):
+                raise TypeError("DockerOptions.cpus must be a number of processors or None")
+            if not 0.01 <= self.cpus <= 4096:
+                raise ValueError(f"DockerOptions.cpus must be between 0.01 and 4096, got {self.cpus}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,24 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from .errors import BackendUnavailable, UnsupportedLimit
 from .limits import Limits
-from .options import BackendOptions, JailOptions, MontyOptions, RestrictedOptions
+from .options import BackendOptions, DockerOptions, JailOptions, MontyOptions, RestrictedOptions
 from .protocol import Capabilities, Grade, REPLProtocol
 
-__all__ = ("AUTO_ORDER", "Availability", "Backend", "SessionConfig", "available", "backend_names", "load_backend", "open_repl")
+__all__ = (
+    "AUTO_ORDER",
+    "Availability",
+    "Backend",
+    "SessionConfig",
+    "available",
+    "backend_names",
+    "load_backend",
+    "open_repl",
+    "prune",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,14 @@ class Backend(Protocol):
         """Open a session. Raises `BackendUnavailable` if a layer is missing."""
 
 
+@runtime_checkable
+class PrunesLeftovers(Protocol):
+    """A backend whose sessions can outlive their host on an engine."""
+
+    def prune(self) -> list[str]:
+        """Remove what dead hosts left behind; returns its names. Raises `BackendUnavailable` if the engine does not answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     module: str
@@ -61,6 +79,7 @@ class _Entry:
 
 # In alphabetical order, which a test checks.
 _BACKENDS: Final[dict[str, _Entry]] = {
+    "docker": _Entry("rlm_sandbox.backends.docker", DockerOptions, "docker", "run: pip install 'rlm-sandbox[docker]'"),
     "jail": _Entry("rlm_sandbox.backends.jail", JailOptions, "", "use Linux 5.14 or newer, or another backend"),
     "monty": _Entry("rlm_sandbox.backends.monty", MontyOptions, "pydantic_monty", "run: pip install 'rlm-sandbox[monty]'"),
     "restricted": _Entry(
@@ -96,6 +115,19 @@ def load_backend(name: str) -> Backend:
         raise
     backend: Backend = module.BACKEND
     return backend
+
+
+def prune(name: str) -> list[str]:
+    """Remove what dead hosts left behind on a backend's engine. Returns the names of what was removed.
+
+    Raises:
+        ValueError: there is no such backend, or none of its sessions can outlive its host.
+        BackendUnavailable: the engine does not answer, or a package is missing.
+    """
+    backend = load_backend(name)
+    if not isinstance(backend, PrunesLeftovers):
+        raise ValueError(f"backend {name!r} leaves nothing behind that could be pruned")
+    return backend.prune()
 
 
 def _probe(name: str, options: BackendOptions | None = None) -> Availability:

@@ -64,7 +64,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return lines
 
 
-def _required(name: str) -> bool:
+def is_required(name: str) -> bool:
     asked = {part.strip() for part in os.environ.get(REQUIRE, "").split(",")}
     return name in asked or "all" in asked
 
@@ -73,7 +73,7 @@ def require_usable(name: str, state: Availability) -> None:
     """Skip where a backend does not work, with the reason; fail where the environment requires it."""
     if not state.usable:
         message = f"backend {name} is unavailable: {state.reason}; {state.remedy}"
-        if _required(name):
+        if is_required(name):
             pytest.fail(f"{message} ({REQUIRE} names it)")
         pytest.skip(message)
 

@@ -61,6 +61,8 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "pydantic_monty": ("backends.monty",),
     "RestrictedPython": ("backends.restricted",),
     "rlm_policy": ("backends.restricted.policy.guest_boot",),  # the policy itself, under its name in a guest
+    "docker": ("backends.docker",),
+    "requests": ("backends.docker",),  # docker-py's transport, for its exceptions
     "openai": ("adapters",),
     "prompt_toolkit": ("repl",),
     "rich": ("console", "cli", "doctor", "repl", "__main__"),

@@ -109,8 +109,7 @@ class FramedSession:
         self._out_of_step = False
         self._pending_state: State = "kept"
         self._pending_lost: tuple[str, ...] = ()
-        seconds = self._limits.session_seconds
-        self._until = None if seconds is None else time.monotonic() + seconds
+        self._until: float | None = None
         try:
             self._wake = WakePipe()
         except OSError as exc:
@@ -122,6 +121,9 @@ class FramedSession:
             self._wake.close()
             raise
         self._freed = False
+        # From here, not from the call: a container may take longer to start than a short session is to live.
+        seconds = self._limits.session_seconds
+        self._until = None if seconds is None else time.monotonic() + seconds
         try:
             self._greet()
             self._configure()
@@ -473,8 +475,7 @@ class FramedSession:
                 raise
             self._recover_between(Death())
             raise GuestCrashed(f"the guest was lost before the context could be bound ({exc})", state=self._pending_state) from None
-        # A description of the session's own: the host's has an offset, which sessions would share.
-        fd = os.open(f"/proc/self/fd/{stored.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = self._guest.open_context(context)
         try:
             self._plain_turn(message, encoder.attachments, (fd,))
         finally:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from ..context import Context
 from ..results import Stream
 
 __all__ = ("Death", "Guest", "GuestLost", "Recovery", "Report")
@@ -81,6 +82,9 @@ class Guest(Protocol):
 
     def grow_address_space(self, size: int) -> None:
         """Make room for a mapping of ``size`` bytes beside the memory limit."""
+
+    def open_context(self, context: Context) -> int:
+        """A descriptor of the context's memory file, which goes beside the message that binds it; the caller closes it."""
 
     def request_protection(self) -> None:
         """Grant the ticket for one standby. The caller then tells the worker to fork, and waits for a report."""

@@ -15,7 +15,15 @@ from typing import Final
 from . import _syscalls_unsafe as raw
 from . import seccomp
 
-__all__ = ("GUEST_ID", "SessionConfinement", "confine_supervisor", "confine_worker", "seal_worker")
+__all__ = (
+    "GUEST_ID",
+    "SessionConfinement",
+    "confine_in_container",
+    "confine_relay",
+    "confine_supervisor",
+    "confine_worker",
+    "seal_worker",
+)
 
 #: User and group id a guest sees as its own.
 GUEST_ID: Final = 1000
@@ -141,6 +149,43 @@ def confine_supervisor(plan: SessionConfinement, proc: int) -> None:
     ]
     for step in steps:
         step(plan)
+
+
+def _check_container(_plan: SessionConfinement) -> None:
+    """The engine was asked for no privileges and an ordinary user; a container that has them was started by somebody else."""
+    if os.getuid() == 0 or raw.prctl(raw.PR_GET_NO_NEW_PRIVS) != 1 or raw.prctl(raw.PR_CAPBSET_READ, 0) != 0:
+        raise PermissionError("the container runs with privileges that the runner must not have")
+
+
+def _not_dumpable(_plan: SessionConfinement) -> None:
+    raw.prctl(raw.PR_SET_DUMPABLE, 0)  # /proc of this process belongs to root from now on, and so does a worker's
+
+
+def confine_in_container(plan: SessionConfinement) -> None:
+    """Confine this process, pid 1 of a container that is the isolation itself.
+
+    Raises:
+        OSError: a step failed; the caller must end the process.
+    """
+    steps: list[Callable[[SessionConfinement], None]] = [
+        _check_container,
+        lambda _plan: os.chdir("/tmp"),  # noqa: S108
+        _resource_limits,
+        _not_dumpable,
+        _supervisor_filter,
+    ]
+    for step in steps:
+        step(plan)
+
+
+def confine_relay() -> None:
+    """Confine the relay, which carries a guest's bytes but never looks into them.
+
+    Raises:
+        OSError: the kernel refuses; the caller must end the process.
+    """
+    raw.prctl(raw.PR_SET_DUMPABLE, 0)
+    raw.install_filter(seccomp.build_filter(seccomp.SUPERVISOR), listener=False)
 
 
 def confine_worker() -> int:

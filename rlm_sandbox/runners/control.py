@@ -11,7 +11,7 @@ import os
 import socket
 from typing import Any, Final
 
-__all__ = ("MAX_MESSAGE", "Message", "receive", "send")
+__all__ = ("MAX_MESSAGE", "Message", "dump", "load", "receive", "send")
 
 MAX_MESSAGE: Final = 8192
 _MAX_DESCRIPTORS: Final = 8
@@ -19,11 +19,28 @@ _MAX_DESCRIPTORS: Final = 8
 Message = dict[str, Any]
 
 
-def send(sock: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> None:
-    """Send one message. Raises OSError if the peer is gone, ValueError if it is too long."""
+def dump(message: Message) -> bytes:
+    """A message as bytes. Raises ValueError if it is too long."""
     raw = json.dumps(message).encode()
     if len(raw) > MAX_MESSAGE:
         raise ValueError("a control message is too long")
+    return raw
+
+
+def load(raw: bytes) -> Message:
+    """A message from bytes. Raises ValueError if it is malformed."""
+    try:
+        message = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ValueError("a control message is malformed") from None
+    if not isinstance(message, dict) or not isinstance(message.get("op"), str):
+        raise ValueError("a control message has no op")
+    return message
+
+
+def send(sock: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> None:
+    """Send one message. Raises OSError if the peer is gone, ValueError if it is too long."""
+    raw = dump(message)
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     sock.sendmsg([raw], ancillary)
 
@@ -48,11 +65,9 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
     try:
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ValueError("a control message was truncated")
-        message = json.loads(raw)
-        if not isinstance(message, dict) or not isinstance(message.get("op"), str):
-            raise ValueError("a control message has no op")
-    except (ValueError, RecursionError):
+        message = load(raw)
+    except ValueError:
         for fd in fds:
             os.close(fd)
-        raise ValueError("a control message is malformed") from None
+        raise
     return message, fds

@@ -21,12 +21,13 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final, NoReturn
 
 from ..confine import _syscalls_unsafe as raw
 from ..confine.seccomp import NUMBERS
-from ..confine.steps import SessionConfinement, confine_supervisor, confine_worker, seal_worker
+from ..confine.steps import confine_worker, seal_worker
 from . import control, worker
 
 __all__ = ("main",)
@@ -36,6 +37,7 @@ __all__ = ("main",)
 #: Forking 1 GB of small objects takes about 60 ms.
 TICKET_SECONDS: Final = 2.0
 _START_SECONDS: Final = 5.0
+_LAST_WORDS_SECONDS: Final = 1.0
 _CREDENTIALS: Final = struct.Struct("=iII")
 _NOTIFICATION: Final = struct.Struct("=QIIiIQ6Q")
 _RESPONSE: Final = struct.Struct("=QqiI")
@@ -177,7 +179,7 @@ class Supervisor:
                 os.close(self._listener)
             self.start_worker(data_fd, generation)
         self._reap_orphans()
-        control.send(self._host, {"op": "recovered", "state": state, **self._death}, (self._worker_pidfd,))
+        control.send(self._host, {"op": "recovered", "state": state, "worker": self._worker, **self._death}, (self._worker_pidfd,))
 
     def grow_address_space(self, size: int) -> None:
         """Make room for a mapped context. Only the soft limit moves; seccomp keeps the worker from doing it."""
@@ -361,10 +363,11 @@ class Supervisor:
         return True
 
 
-def main(plan: SessionConfinement, proc: int, fds: list[int], seconds: float | None) -> NoReturn:
+def main(confine: Callable[[], None], keep: set[int], fds: list[int], seconds: float | None) -> NoReturn:
     """Be the supervisor of one session, for at most ``seconds``.
 
-    ``fds``: the worker's data channel, our control socket, stdout and stderr pipes.
+    ``confine``: this technique's steps; ``keep``: descriptors they need. ``fds``: the worker's data channel, our control
+    socket, stdout and stderr pipes.
     """
     status = 1
     data_fd, control_fd, out_fd, err_fd = fds
@@ -373,17 +376,24 @@ def main(plan: SessionConfinement, proc: int, fds: list[int], seconds: float | N
         null = os.open("/dev/null", os.O_RDWR)
         for target, source in ((0, null), (1, out_fd), (2, err_fd)):
             os.dup2(source, target, inheritable=True)
-        raw.close_all_except({0, 1, 2, data_fd, control_fd, proc})
+        raw.close_all_except({0, 1, 2, data_fd, control_fd, *keep})
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, _interrupt_blocking_call)
-        confine_supervisor(plan, proc)
+        confine()
         supervisor = Supervisor(host, seconds)
         supervisor.start_worker(data_fd, 1)
         os.close(data_fd)
-        control.send(host, {"op": "ready"}, (os.pidfd_open(os.getpid()), supervisor._worker_pidfd))
-    except OSError as exc:
-        control.send(host, {"op": "failed", "error": f"{exc.strerror or exc}"[:500], "errno": exc.errno or 0})
+        ready = {"op": "ready", "worker": supervisor._worker}
+        control.send(host, ready, (os.pidfd_open(os.getpid()), supervisor._worker_pidfd))
+    except (OSError, ValueError) as exc:  # setrlimit raises ValueError where the kernel refuses a limit
+        text, number = (exc.strerror, exc.errno) if isinstance(exc, OSError) else (None, None)
+        control.send(host, {"op": "failed", "error": f"{text or exc}"[:500], "errno": number or 0})
+        host.settimeout(_LAST_WORDS_SECONDS)
+        try:
+            host.recv(1)  # as pid 1 of a container we would take the relay with us before it has passed this on
+        except OSError:
+            pass
         os._exit(1)
     try:
         supervisor.serve()

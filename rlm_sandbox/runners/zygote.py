@@ -16,10 +16,10 @@ import sys
 from typing import Final
 
 from ..confine import _syscalls_unsafe as raw
-from ..confine.steps import SessionConfinement
+from ..confine.steps import SessionConfinement, confine_supervisor
 from . import control, supervisor, worker
 
-__all__ = ("main",)
+__all__ = ("ARENAS", "PRELOADED", "main", "own_sizes")
 
 #: Imported once, shared by every session: what model-written cells use most. Others load from the tree on demand.
 PRELOADED: Final = (
@@ -31,10 +31,10 @@ PRELOADED: Final = (
     "traceback", "types", "typing", "unicodedata", "urllib.parse", "uuid", "warnings", "weakref", "zlib",
 )  # fmt: skip
 #: Two arenas and small stacks, so that 64 threads fit into the address space a session has.
-_ARENAS: Final = 2
+ARENAS: Final = 2
 
 
-def _own_sizes(proc: int) -> tuple[int, int]:
+def own_sizes(proc: int) -> tuple[int, int]:
     """Bytes of data and of address space this process uses: the base that every session starts from."""
     fd = os.open("self/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
     try:
@@ -87,7 +87,7 @@ def _spawn(message: control.Message, fds: list[int], proc: int, host: socket.soc
         try:
             host.close()
             os.close(own)
-            supervisor.main(plan, proc, fds, message["seconds"])
+            supervisor.main(lambda: confine_supervisor(plan, proc), {proc}, fds, message["seconds"])
         finally:
             os._exit(1)
     raw.setns(own, raw.CLONE_NEWPID)
@@ -98,7 +98,7 @@ def main(control_fd: int, proc: int, kernel_ids: int) -> int:
     host = socket.socket(fileno=control_fd)
     os.set_inheritable(control_fd, False)
     os.set_inheritable(proc, False)
-    raw.limit_malloc_arenas(_ARENAS)
+    raw.limit_malloc_arenas(ARENAS)
     for name in PRELOADED:
         importlib.import_module(name)
     if not _tasks_are_counted():
@@ -108,7 +108,7 @@ def main(control_fd: int, proc: int, kernel_ids: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors that end are reaped by the kernel
     own = os.pidfd_open(os.getpid())
-    sizes = _own_sizes(proc)
+    sizes = own_sizes(proc)
     gc.collect()
     gc.freeze()
     control.send(host, {"op": "ready", "kernel_ids": kernel_ids, "python": list(sys.version_info[:3])})

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
-from rlm_sandbox import Limits
+from rlm_sandbox import Context, Limits
 from rlm_sandbox.bridge.framed import FramedSession
 from rlm_sandbox.bridge.guest import Death, Recovery, Report
 from rlm_sandbox.registry import SessionConfig, load_backend
@@ -251,6 +251,9 @@ class ScriptedGuest:
         return 400.0
 
     def grow_address_space(self, size: int) -> None: ...
+
+    def open_context(self, context: Context) -> int:
+        return os.dup(context.memory_file().fd)
 
     def request_protection(self) -> None: ...
 

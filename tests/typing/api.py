@@ -8,6 +8,7 @@ from typing import Any, assert_type
 from rlm_sandbox import (
     Capabilities,
     Context,
+    DockerOptions,
     ExecResult,
     Exposed,
     Feature,
@@ -32,6 +33,7 @@ from rlm_sandbox.registry import Availability
 def opening() -> None:
     assert_type(open_repl(), REPLProtocol)
     open_repl("jail", limits=Limits(time_seconds=5, memory_mb=256), accept=Grade.HARD, options=JailOptions())
+    open_repl("docker", options=DockerOptions(runtime="runsc", cpus=2, image="runner:1", docker_host="unix:///run/docker.sock"))
     open_repl("monty", accept=Grade.COOPERATIVE, trusted=True, options=MontyOptions(max_processes=2), recovery=False)
     open_repl("restricted", accept=Grade.NONE, trusted=True, options=RestrictedOptions(process=True))
     open_repl(setup="x = 1", files={"data.csv": "data.csv"}, packages=("numpy",))

@@ -154,7 +154,7 @@ def test_a_missing_key(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--backend", "nope"), "unknown backend 'nope'; choose from auto, jail"),
+        (("--backend", "nope"), "unknown backend 'nope'; choose from auto, docker, jail"),
         (("--time-seconds", "-1"), "--time-seconds must be above 0"),
         (("--time-seconds", "nan"), "--time-seconds must be above 0"),
         (("--memory-mb", "3"), "--memory-mb must be between 16 and"),

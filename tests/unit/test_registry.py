@@ -79,7 +79,7 @@ def test_auto_never_picks_what_is_no_isolation() -> None:
 
 @pytest.mark.parametrize("name", ["nothing", "", "Jail", "os", "rlm_sandbox.backends.jail"])
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(ValueError, match="choose from auto, jail"):
+    with pytest.raises(ValueError, match="choose from auto, docker, jail"):
         open_repl(name)
     with pytest.raises(ValueError, match="unknown backend"):
         load_backend(name)

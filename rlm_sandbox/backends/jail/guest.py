@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from ...bridge.guest import Death, GuestLost, Recovery, Report
+from ...context import Context
 from ...errors import BackendUnavailable
 from ...limits import Limits
 from ...results import Stream
@@ -232,6 +233,10 @@ class JailGuest:
         """See `Guest.grow_address_space`. The supervisor moves the soft limit: a worker may not set limits."""
         self._order({"op": "grow", "bytes": size})
         self._answer("grown", 0, _START_SECONDS)
+
+    def open_context(self, context: Context) -> int:
+        """See `Guest.open_context`. A description of the session's own: the host's has an offset, which sessions would share."""
+        return os.open(f"/proc/self/fd/{context.memory_file().fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     # ---- the end
 

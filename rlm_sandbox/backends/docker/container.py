@@ -1,0 +1,101 @@
+"""What is asked of the engine for one session's container: every flag in one place, checked from outside by a test."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+from docker.types import LogConfig, Mount, Ulimit
+
+from ...limits import Limits
+from ...options import DockerOptions
+from ...runners.container import CONTEXTS
+from .engine import EXPIRY_LABEL, OWNER_LABEL, Engine, mapped_errors, own_name
+from .profile import seccomp_profile
+
+__all__ = ("OVERHEAD_MB", "create_container", "memory_mb")
+
+_USER: Final = "65534:65534"
+#: Copies of a heap at worst: the worker, its standby, and the next standby while it takes the other's place.
+_PROCESSES: Final = 3
+#: Supervisor, relay and the interpreter's own pages; the base that every container has.
+OVERHEAD_MB: Final = 48
+#: Beside the worker's own: supervisor, relay, and for a moment two standbys.
+_TASKS: Final = 4
+_INODES_PER_MB: Final = 256
+_DESCRIPTORS: Final = 1024
+_EXPIRY_SLACK_SECONDS: Final = 600
+
+
+def memory_mb(limits: Limits, *, recovery: bool) -> int | None:
+    """What the container may use in MiB: worker and standbys can grow apart, and its tmpfs counts too. None: no limit."""
+    if limits.memory_mb is None or limits.disk_mb is None:
+        return None
+    return limits.memory_mb * (_PROCESSES if recovery else 1) + limits.disk_mb + OVERHEAD_MB
+
+
+def _tmpfs(disk_mb: int | None) -> str:
+    base = "nosuid,nodev,noexec,mode=0700,uid=65534,gid=65534"
+    if disk_mb is None:
+        return base
+    if disk_mb == 0:
+        return "ro,nosuid,nodev,noexec,size=4k,nr_inodes=2,mode=0555"
+    return f"{base},size={disk_mb}m,nr_inodes={disk_mb * _INODES_PER_MB}"
+
+
+def create_container(engine: Engine, options: DockerOptions, limits: Limits, *, recovery: bool, contexts: str | None) -> str:
+    """Create a session's container, not started. ``contexts``: a directory of the engine's machine, or None. Returns its id.
+
+    Raises:
+        BackendUnavailable: the engine refuses, or does not answer.
+    """
+    api = engine.api
+    memory = memory_mb(limits, recovery=recovery)
+    settings: dict[str, Any] = {
+        "network_mode": "none",
+        "read_only": True,
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges", f"seccomp={seccomp_profile()}"],
+        "tmpfs": {"/tmp": _tmpfs(limits.disk_mb)},  # noqa: S108 - the container's own
+        "ulimits": [
+            Ulimit(name="core", soft=0, hard=0),
+            Ulimit(name="nofile", soft=_DESCRIPTORS, hard=_DESCRIPTORS),
+            Ulimit(name="memlock", soft=0, hard=0),
+            Ulimit(name="msgqueue", soft=0, hard=0),
+        ],
+        "ipc_mode": "private",
+        "log_config": LogConfig(type=LogConfig.types.NONE),
+        "auto_remove": True,
+    }
+    if memory is not None:
+        settings["mem_limit"] = settings["memswap_limit"] = f"{memory}m"
+    if limits.processes is not None:
+        settings["pids_limit"] = limits.processes + _TASKS
+    if limits.disk_mb is not None:
+        size = max(1, limits.disk_mb) << 20
+        settings["ulimits"].append(Ulimit(name="fsize", soft=size, hard=size))
+    if options.cpus is not None:
+        settings["nano_cpus"] = int(options.cpus * 1e9)
+    if options.runtime is not None:
+        settings["runtime"] = options.runtime
+    if contexts is not None:
+        # As a mount and not as a bind: the engine then refuses a directory it does not have instead of making one.
+        settings["mounts"] = [Mount(target=CONTEXTS, source=contexts, type="bind", read_only=True)]
+    seconds = limits.session_seconds
+    labels = {OWNER_LABEL: own_name()}
+    if seconds is not None:
+        labels[EXPIRY_LABEL] = str(int(time.time() + seconds) + _EXPIRY_SLACK_SECONDS)
+    with mapped_errors("creating a container"):
+        made = api.create_container(
+            options.image,
+            command=["container"],
+            user=_USER,
+            hostname="sandbox",
+            stdin_open=True,  # and once: when this process is gone, so is the container's standard input, and it ends
+            environment={},
+            labels=labels,
+            network_disabled=True,
+            healthcheck={"test": ["NONE"]},
+            host_config=api.create_host_config(**settings),
+        )
+    return str(made["Id"])

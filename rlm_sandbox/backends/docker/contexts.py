@@ -1,0 +1,125 @@
+"""Contexts as files beside containers: each text is written once and hard-linked into the directory of a session.
+
+The directory is mounted read-only when its container is created, and what is linked into it later appears there, so
+that attaching costs nothing in the size of the text and the page cache is shared by every container of the engine.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+from typing import Final
+
+from ...context import Context
+from .engine import own_name, owner_is_alive
+
+__all__ = ("SessionDirectory", "stored_file", "sweep")
+
+_PREFIX: Final = "rlm-sandbox-docker."
+_SHM: Final = Path("/dev/shm")  # noqa: S108 - a directory of our own below it, 0700, with a name of our own
+_root: Path | None = None
+_root_pid = 0
+_lock = threading.Lock()
+_files: weakref.WeakKeyDictionary[Context, Path] = weakref.WeakKeyDictionary()
+
+
+def _base() -> Path:
+    return _SHM if os.access(_SHM, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+
+
+def sweep() -> None:
+    """Remove directories of processes that ended without doing it (killed, say)."""
+    for path in _base().glob(f"{_PREFIX}*"):
+        try:
+            mine = path.lstat().st_uid == os.geteuid() and not path.is_symlink()
+        except OSError:
+            continue
+        if mine and owner_is_alive(path.name.removeprefix(_PREFIX)) is False:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _own_root() -> Path:
+    """This process's directory, private to its user. Call with the lock held."""
+    global _root, _root_pid
+    if _root is None or _root_pid != os.getpid():
+        sweep()
+        path = _base() / f"{_PREFIX}{own_name()}"
+        path.mkdir(mode=0o700)
+        weakref.finalize(_keeper, _remove_root, path, os.getpid())
+        _root, _root_pid = path, os.getpid()
+        _files.clear()
+    return _root
+
+
+class _Keeper:
+    """Lives as long as the process; the finalizers on it run at exit."""
+
+
+_keeper: Final = _Keeper()
+
+
+def _remove_root(path: Path, pid: int) -> None:
+    if pid == os.getpid():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def stored_file(context: Context) -> Path:
+    """The context's text as a file that containers can map, written on the first call; it goes with the context.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    with _lock:
+        path = _files.get(context)
+        if path is not None and path.exists():
+            return path
+        stored = context.memory_file()
+        path = _own_root() / f"text-{secrets.token_hex(8)}"
+        size = os.fstat(stored.fd).st_size
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            offset = 0
+            while offset < size:
+                offset += os.sendfile(fd, stored.fd, offset, size - offset)
+            os.fchmod(fd, 0o444)
+        except BaseException:
+            path.unlink()
+            raise
+        finally:
+            os.close(fd)
+        _files[context] = path
+        weakref.finalize(context, path.unlink, missing_ok=True)
+        return path
+
+
+class SessionDirectory:
+    """The contexts of one session, as its container sees them."""
+
+    def __init__(self) -> None:
+        """Raises OSError if there is no place for it."""
+        with _lock:
+            self.path = _own_root() / f"session-{secrets.token_hex(8)}"
+        self.path.mkdir(mode=0o755)
+        self.path.chmod(0o755)
+        self._owner = os.getpid()
+
+    def link(self, fd: int) -> str:
+        """Show the file behind a descriptor, one of `stored_file`'s, to the session. Returns its name there."""
+        name = secrets.token_hex(8)
+        # With a directory's descriptor Python uses linkat(2), which follows the link in /proc to the file; link(2) does not.
+        proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.link(str(fd), self.path / name, src_dir_fd=proc, follow_symlinks=True)
+        finally:
+            os.close(proc)
+        return name
+
+    def close(self) -> None:
+        """Take it away. Idempotent."""
+        if self._owner == os.getpid():
+            shutil.rmtree(self.path, ignore_errors=True)

@@ -1,0 +1,171 @@
+"""The Docker engine: one client per address, its errors in our words, and what is left behind on it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import docker
+import docker.errors
+import requests.exceptions
+
+from ... import bundle
+from ...errors import BackendUnavailable
+from ...options import DockerOptions
+
+__all__ = ("EXPIRY_LABEL", "GUEST_LABEL", "OWNER_LABEL", "Engine", "engine_for", "mapped_errors", "owner_is_alive", "own_name")
+
+NAME: Final = "docker"
+OWNER_LABEL: Final = "org.rlm-sandbox.owner"
+EXPIRY_LABEL: Final = "org.rlm-sandbox.expiry"
+GUEST_LABEL: Final = "org.rlm-sandbox.guest"
+_TIMEOUT_SECONDS: Final = 30
+_NO_ENGINE: Final = "start Docker, or give its address: DockerOptions(docker_host=...) or DOCKER_HOST"
+_BUILD: Final = "build it: make image"
+
+
+def _start_time(pid: int) -> str:
+    """When a process started, in clock ticks since boot: with its pid, a name no other process of this boot has."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+@functools.cache
+def _boot() -> str:
+    """This boot and pid namespace: in another one, pids of the same machine say nothing."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}-{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return "unknown"
+
+
+def own_name() -> str:
+    """This process, as owner of containers and directories: boot and pid namespace, pid, start time."""
+    try:
+        return f"{_boot()}.{os.getpid()}.{_start_time(os.getpid())}"
+    except OSError:
+        return f"{_boot()}.{os.getpid()}.0"
+
+
+def owner_is_alive(owner: str) -> bool | None:
+    """Whether the owner runs; None if that cannot be told from here: it belongs to another machine or pid namespace."""
+    boot, _, rest = owner.partition(".")
+    pid, _, started = rest.partition(".")
+    if not pid.isdigit() or boot == "unknown" or boot != _boot():
+        return None
+    try:
+        return _start_time(int(pid)) == started
+    except OSError:
+        return False
+
+
+@contextmanager
+def mapped_errors(what: str) -> Iterator[None]:
+    """Turn the engine's errors into `BackendUnavailable`."""
+    try:
+        yield
+    except docker.errors.APIError as exc:
+        text = str(exc.explanation or exc)[:300]
+        remedy = _BUILD if isinstance(exc, docker.errors.ImageNotFound) else "see the engine's log; run: rlm-sandbox doctor"
+        raise BackendUnavailable(NAME, f"{what} failed ({text})", remedy) from exc
+    except (docker.errors.DockerException, requests.exceptions.RequestException, OSError) as exc:
+        raise BackendUnavailable(NAME, f"{what} failed: the engine does not answer ({type(exc).__name__})", _NO_ENGINE) from exc
+
+
+class Engine:
+    """One engine's API. Thread-safe as far as sessions need it."""
+
+    def __init__(self, docker_host: str | None) -> None:
+        """Raises `BackendUnavailable` if no engine answers."""
+        self.owner_pid = os.getpid()
+        address = docker_host or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        self.local = address.startswith("unix://")
+        if self.local and not Path(address.removeprefix("unix://")).exists():
+            raise BackendUnavailable(NAME, "the engine does not answer (there is no such socket)", _NO_ENGINE)
+        with mapped_errors("asking for the engine's version"):
+            self.api: Any = docker.APIClient(base_url=address, version="auto", timeout=_TIMEOUT_SECONDS)
+
+    def check(self, options: DockerOptions) -> None:
+        """Whether sessions can be made with these options. Raises `BackendUnavailable` with the remedy."""
+        try:
+            with mapped_errors(f"looking for the image {options.image}"):
+                found = self.api.inspect_image(options.image)
+        except BackendUnavailable as exc:
+            if isinstance(exc.__cause__, docker.errors.ImageNotFound):
+                raise BackendUnavailable(NAME, f"the engine has no image {options.image}", _BUILD) from None
+            raise
+        labels = found.get("Config", {}).get("Labels") or {}
+        if labels.get(GUEST_LABEL) != bundle.digest():
+            reason = f"the image {options.image} was built from another version of this package"
+            raise BackendUnavailable(NAME, reason, "build it again: make image")
+        if options.runtime is not None:
+            with mapped_errors("asking for the engine's runtimes"):
+                runtimes = self.api.info().get("Runtimes") or {}
+            if options.runtime not in runtimes:
+                known = ", ".join(sorted(runtimes)) or "none"
+                raise BackendUnavailable(
+                    NAME,
+                    f"the engine has no runtime {options.runtime!r} (it has: {known})",
+                    "install it and name it in the engine's daemon.json",
+                )
+
+    def prune(self) -> list[str]:
+        """Remove containers that nobody owns any more. Returns their names.
+
+        One of another machine counts as nobody's after its expiry only.
+
+        Raises:
+            BackendUnavailable: the engine does not answer.
+        """
+        removed = []
+        with mapped_errors("listing containers"):
+            listed = self.api.containers(all=True, filters={"label": OWNER_LABEL})
+        for item in listed:
+            labels = item.get("Labels") or {}
+            alive = owner_is_alive(str(labels.get(OWNER_LABEL, "")))
+            expiry = str(labels.get(EXPIRY_LABEL, ""))
+            expired = expiry.isdigit() and int(expiry) < time.time()
+            if alive is False or expired:
+                self.remove(item["Id"])
+                removed.append(str((item.get("Names") or [item["Id"]])[0]).lstrip("/"))
+        return removed
+
+    def remove(self, container: str) -> None:
+        """Kill and remove a container, if it is still there. Never raises: the sweep finds what is left."""
+        try:
+            self.api.remove_container(container, force=True, v=True)
+        except (docker.errors.DockerException, requests.exceptions.RequestException, OSError):
+            pass  # gone already, or being removed, or the engine is
+
+
+_engines: dict[str | None, Engine] = {}
+_lock = threading.Lock()
+
+
+def engine_for(docker_host: str | None) -> Engine:
+    """This process's client of an engine; the first one sweeps what dead processes left on it.
+
+    Raises:
+        BackendUnavailable: no engine answers.
+    """
+    with _lock:
+        engine = _engines.get(docker_host)
+        if engine is None or engine.owner_pid != os.getpid():
+            engine = _engines[docker_host] = Engine(docker_host)
+            engine.prune()
+        return engine
+
+
+def _after_fork() -> None:
+    """In a forked child of the host the lock may be held by a thread that does not exist there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,253 @@
+"""`DockerGuest`: one session's container, seen from the host: the descriptors of an ordinary guest, carried by its attached stream."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from ...bridge.guest import Death, GuestLost, Recovery, Report
+from ...context import Context
+from ...errors import BackendUnavailable
+from ...limits import Limits
+from ...options import DockerOptions
+from ...results import Stream
+from ...runners import control
+from ...runners.multiplex import STDERR, STDOUT
+from .attached import Attached, HostEnd
+from .container import create_container
+from .contexts import SessionDirectory, stored_file
+from .engine import Engine, mapped_errors
+
+__all__ = ("DockerGuest",)
+
+#: The host ends a session at ``session_seconds``; a supervisor whose host did not come back for it ends itself.
+_SESSION_SLACK_SECONDS: Final = 5.0
+_START_SECONDS: Final = 30.0
+_ANSWER_SECONDS: Final = 10.0
+_RECOVER_SECONDS: Final = 5.0
+#: During host calls the worker's clock is asked for at most this often; the answer counts at the next look.
+_CLOCK_SECONDS: Final = 0.02
+_JOIN_SECONDS: Final = 5.0
+
+
+class DockerGuest:
+    """A guest in a container. Not thread-safe: its session is."""
+
+    def __init__(self, engine: Engine, options: DockerOptions, limits: Limits, *, recovery: bool) -> None:
+        self._closed = False
+        self._owner = os.getpid()
+        self._engine = engine
+        self._generation = 1
+        self._turn = 0
+        self._clock_asked = 0.0
+        self._end: HostEnd | None = None
+        self._attached: Attached | None = None
+        self._container = ""
+        self.maps_contexts = engine.local
+        self._directory = SessionDirectory() if engine.local else None
+        self.data, data_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._control, control_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        out_read, out_write = os.pipe()
+        err_read, err_write = os.pipe()
+        self.outputs: Mapping[int, Stream] = {out_read: "stdout", err_read: "stderr"}
+        try:
+            self.data.setblocking(False)
+            for fd in self.outputs:
+                os.set_blocking(fd, False)
+            contexts = str(self._directory.path) if self._directory is not None else None
+            self._container = create_container(engine, options, limits, recovery=recovery, contexts=contexts)
+            with mapped_errors("attaching to a container"):
+                params = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
+                self._attached = Attached(engine.api.attach_socket(self._container, params=params))
+            end = HostEnd(self._attached, data_theirs, control_theirs, {STDOUT: out_write, STDERR: err_write}, self._directory)
+            with mapped_errors("starting a container"):
+                engine.api.start(self._container)
+            self._end = end
+            end.start()
+            self._order(
+                {
+                    "op": "settings",
+                    "memory_mb": limits.memory_mb,
+                    "disk_mb": limits.disk_mb,
+                    "seconds": None if limits.session_seconds is None else limits.session_seconds + _SESSION_SLACK_SECONDS,
+                }
+            )
+            message = self._receive(_START_SECONDS)
+            if message["op"] != "ready":
+                raise GuestLost(f"a step of its confinement failed: {str(message.get('error', 'unknown'))[:300]}")
+        except GuestLost as exc:
+            words = self._attached.words.decode("utf-8", "replace").strip().splitlines() if self._attached is not None else []
+            self.close()
+            last = f"; it said: {words[-1][:300]}" if words else ""
+            raise BackendUnavailable("docker", f"a container did not start ({exc}{last})", "run: rlm-sandbox doctor") from None
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if self._end is None:
+                data_theirs.close()
+                control_theirs.close()
+                os.close(out_write)
+                os.close(err_write)
+
+    # ---- control
+
+    @property
+    def control_fd(self) -> int:
+        """The socket of the supervisor's reports."""
+        return self._control.fileno()
+
+    def _receive(self, seconds: float) -> control.Message:
+        self._control.settimeout(seconds)
+        try:
+            got = control.receive(self._control)
+        except TimeoutError:
+            raise GuestLost("the supervisor did not answer in time") from None
+        except (OSError, ValueError) as exc:
+            raise GuestLost(f"the supervisor's channel failed: {exc}") from None
+        if got is None:
+            raise GuestLost("the container is gone")
+        return got[0]
+
+    def _order(self, message: control.Message, fds: tuple[int, ...] = ()) -> None:
+        try:
+            self._control.settimeout(_ANSWER_SECONDS)
+            control.send(self._control, message, fds)
+        except OSError as exc:
+            raise GuestLost(f"the container is gone ({exc.strerror or exc})") from None
+
+    def report(self) -> Report | None:
+        """See `Guest.report`."""
+        poll = select.poll()  # select() fails on descriptors above 1023
+        poll.register(self._control, select.POLLIN)
+        if not poll.poll(0):
+            return None
+        message = self._receive(1.0)
+        if message["op"] == "died":
+            return Report("died", _death(message))
+        if message["op"] == "protected":
+            return Report("protected")
+        if message["op"] == "unprotected":
+            return Report("unprotected")
+        if message["op"] == "standby_died":
+            return Report("standby_died")
+        return None
+
+    def _ask(self, order: control.Message, answer: str) -> control.Message:
+        """An order that is answered at once, outside any turn of the worker."""
+        self._order(order)
+        while True:
+            message = self._receive(_ANSWER_SECONDS)
+            if message["op"] == answer:
+                return message
+            if message["op"] == "died":
+                raise GuestLost("the worker died")
+
+    def request_protection(self) -> None:
+        """See `Guest.request_protection`."""
+        self._order({"op": "ticket"})
+
+    def recover(self, *, fresh: bool) -> Recovery:
+        """See `Guest.recover`."""
+        self._generation += 1
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        mine.setblocking(False)
+        try:
+            op = "fresh" if fresh else "recover"
+            self._order({"op": op, "generation": self._generation}, (theirs.fileno(),))
+            until = time.monotonic() + _RECOVER_SECONDS
+            while (message := self._receive(max(0.01, until - time.monotonic())))["op"] != "recovered":
+                pass  # reports that crossed the order: of the worker that is gone now
+        except BaseException:
+            mine.close()
+            raise
+        finally:
+            theirs.close()
+        self.data.close()
+        self.data = mine
+        return Recovery("restored" if message["state"] == "restored" else "fresh", _death(message))
+
+    # ---- signals and measurements
+
+    def _signal(self, message: control.Message) -> None:
+        try:
+            self._order(message)
+        except GuestLost:
+            pass  # the turn sees the end of the channel
+
+    def wake(self) -> None:
+        """See `Guest.wake`."""
+        self._turn = (self._turn + 1) & 0xFFFF
+        self._signal({"op": "wake", "turn": self._turn})
+
+    def stop(self) -> None:
+        """See `Guest.stop`."""
+        self._signal({"op": "stop"})
+
+    def interrupt(self) -> None:
+        """See `Guest.interrupt`."""
+        self._signal({"op": "interrupt"})
+
+    def cpu_seconds(self) -> float | None:
+        """See `Guest.cpu_seconds`. As of the worker's last bytes, or of an answer to an earlier call."""
+        now = time.monotonic()
+        if now - self._clock_asked > _CLOCK_SECONDS:
+            self._clock_asked = now
+            self._signal({"op": "vitals"})
+        return self._end.cpu_seconds if self._end is not None else None
+
+    def peak_memory_mb(self) -> float | None:
+        """See `Guest.peak_memory_mb`."""
+        try:
+            value = self._ask({"op": "measure"}, "measured").get("peak_kb")
+        except GuestLost:
+            return None
+        return value / 1024 if type(value) is int else None
+
+    def memory_headroom_mb(self) -> float | None:
+        """See `Guest.memory_headroom_mb`. As of the worker's last bytes."""
+        return self._end.headroom_mb if self._end is not None else None
+
+    def grow_address_space(self, size: int) -> None:
+        """See `Guest.grow_address_space`. The supervisor moves the soft limit: a worker may not set limits."""
+        self._ask({"op": "grow", "bytes": size}, "grown")
+
+    def open_context(self, context: Context) -> int:
+        """See `Guest.open_context`."""
+        return os.open(stored_file(context), os.O_RDONLY | os.O_CLOEXEC)
+
+    # ---- the end
+
+    def close(self) -> None:
+        """See `Guest.close`. In a forked child of the host the container is still the parent's."""
+        if self._closed:
+            return
+        self._closed = True
+        mine = self._owner == os.getpid()
+        self._control.close()
+        self.data.close()
+        if mine:
+            if self._container:
+                self._engine.remove(self._container)
+            if self._end is not None:
+                self._end.join(_JOIN_SECONDS)
+            elif self._attached is not None:
+                self._attached.close()
+        for fd in self.outputs:
+            os.close(fd)
+        if self._directory is not None:
+            self._directory.close()
+
+
+def _death(message: control.Message) -> Death:
+    status, cpu, peak = message.get("status"), message.get("cpu"), message.get("maxrss_kb")
+    return Death(
+        status=status if type(status) is int and 0 <= status < 1 << 16 else None,
+        cpu_seconds=float(cpu) if isinstance(cpu, int | float) and 0 <= cpu < 1e9 else None,
+        peak_memory_mb=peak / 1024 if type(peak) is int and 0 <= peak < 1 << 50 else None,
+        why=str(message.get("why", ""))[:200],
+    )

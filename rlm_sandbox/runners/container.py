@@ -1,0 +1,203 @@
+"""The first process of a session's container: it becomes the supervisor, after it has forked the relay.
+
+The container is the isolation, so there are no namespaces to make and no tree to build. The attached standard input and
+output belong to the relay alone: the worker is forked by the supervisor, which has closed both. Standard error carries
+what an operator should read when a container does not start.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import signal
+import socket
+import time
+from typing import Final, NoReturn
+
+from ..confine import _syscalls_unsafe as raw
+from ..confine.steps import SessionConfinement, confine_in_container, confine_relay
+from . import control, supervisor, worker
+from .multiplex import HEADER, MESSAGE, STDERR, STDOUT, Multiplexer, StreamFailed
+from .zygote import ARENAS, PRELOADED, own_sizes
+
+__all__ = ("CONTEXTS", "main")
+
+#: Where the host hard-links the contexts of this session; a read-only mount.
+CONTEXTS: Final = "/ctx"
+_CHUNK: Final = 1 << 16
+#: Linux makes a process's CPU clock id from its pid: ~pid << 3 | CPUCLOCK_SCHED.
+_CPUCLOCK_SCHED: Final = 2
+#: Field of /proc/PID/statm that counts data and stack, in pages; what RLIMIT_DATA bounds is at most that.
+_STATM_DATA: Final = 5
+_PAGE_KB: Final = os.sysconf("SC_PAGE_SIZE") // 1024
+_SIGNALS: Final = {"wake": signal.SIGCONT, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}
+
+
+class _Attached:
+    """The container's standard input and output."""
+
+    read_fd = 0
+    write_fd = 1
+
+    def __init__(self) -> None:
+        os.set_blocking(0, False)
+        os.set_blocking(1, False)
+
+    def read(self) -> bytes:
+        data = os.read(0, _CHUNK)
+        if not data:
+            raise StreamFailed("the host is gone")
+        return data
+
+    def write(self, data: memoryview) -> int:
+        return os.write(1, data)
+
+
+class Relay(Multiplexer):
+    """The container's end of the stream. It believes the host and the supervisor, and only carries what the worker sends."""
+
+    def __init__(
+        self, data: socket.socket, supervisor_socket: socket.socket, outputs: dict[int, int], data_limit_kb: int | None
+    ) -> None:
+        super().__init__(_Attached(), data, supervisor_socket, outputs, reads_outputs=True)
+        self._supervisor = supervisor_socket
+        self._data_limit_kb = data_limit_kb
+        self._worker = self._statm = -1
+        self._worker_pid = 0
+
+    def on_remote(self, message: control.Message) -> None:
+        """An order of the host: signals are sent from here, everything else goes to the supervisor."""
+        op = message["op"]
+        if op in _SIGNALS:
+            if op == "wake":
+                self.set_turn(int(message["turn"]))
+            self._signal(_SIGNALS[op])
+            if op == "stop":
+                self.send_vitals()
+        elif op == "vitals":
+            self.send_vitals()
+        elif op == "measure":
+            self.send_message(self._peak())
+        elif op in ("recover", "fresh"):
+            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            with theirs:
+                control.send(self._supervisor, message, (theirs.fileno(),))
+            self.set_generation(mine, int(message["generation"]))
+        else:
+            control.send(self._supervisor, message)
+
+    def on_local(self, message: control.Message, fds: list[int]) -> None:
+        """A report of the supervisor; with one about a worker comes that worker's pidfd."""
+        if "worker" in message and fds:
+            self._take_worker(int(message["worker"]), fds.pop())
+        for fd in fds:
+            os.close(fd)
+        self.send_vitals()
+        self.send_message(message)
+
+    def on_file(self, name: str) -> int:
+        """A context the host has put beside the container."""
+        if "/" in name or name.startswith("."):
+            raise StreamFailed("a context has no such name")
+        return os.open(f"{CONTEXTS}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def _signal(self, number: int) -> None:
+        try:
+            raw.pidfd_send_signal(self._worker, number)
+        except ProcessLookupError:
+            pass  # it died; the supervisor reports it
+
+    def vitals(self) -> tuple[float, int] | None:
+        """See `Multiplexer.vitals`."""
+        try:
+            cpu = time.clock_gettime((~self._worker_pid << 3) | _CPUCLOCK_SCHED)
+            pages = int(os.pread(self._statm, 256, 0).split()[_STATM_DATA]) if self._data_limit_kb else 0
+        except (OSError, IndexError, ValueError):
+            return None
+        return cpu, (self._data_limit_kb - pages * _PAGE_KB if self._data_limit_kb else -1)
+
+    def _take_worker(self, pid: int, pidfd: int) -> None:
+        for fd in (self._worker, self._statm):
+            if fd >= 0:
+                os.close(fd)
+        self._worker, self._worker_pid, self._statm = pidfd, pid, -1
+        try:
+            self._statm = os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            pass  # it died already
+
+    def _peak(self) -> control.Message:
+        """Peak memory of the worker, as the kernel counts it."""
+        try:
+            with open(f"/proc/{self._worker_pid}/status") as file:
+                sizes = {line.partition(":")[0]: line.split() for line in file}
+            return {"op": "measured", "peak_kb": int(sizes["VmHWM"][1])}
+        except (OSError, KeyError, ValueError):
+            return {"op": "measured"}
+
+
+def _settings() -> control.Message:
+    """The host's first frame: what this session may use."""
+    header = _read_exactly(HEADER.size)
+    kind, _, _, length = HEADER.unpack(header)
+    if kind != MESSAGE or not 0 < length <= control.MAX_MESSAGE:
+        raise StreamFailed("the first frame is no message")
+    return control.load(_read_exactly(length))
+
+
+def _read_exactly(size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = os.read(0, size - len(data))
+        if not piece:
+            raise StreamFailed("the host is gone")
+        data += piece
+    return data
+
+
+def _run_relay(
+    data: socket.socket, supervisor_socket: socket.socket, outputs: dict[int, int], plan: SessionConfinement
+) -> NoReturn:
+    try:
+        raw.close_all_except({0, 1, 2, data.fileno(), supervisor_socket.fileno(), *outputs.values()})
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        confine_relay()
+        limit = None if plan.memory_mb is None else plan.base_data // 1024 + plan.memory_mb * 1024
+        Relay(data, supervisor_socket, outputs, limit).run()
+    except StreamFailed:
+        pass  # the end of the host is the end of the session
+    except OSError as exc:
+        os.write(2, f"the relay failed: {exc}\n".encode())
+    finally:
+        os._exit(0)
+
+
+def main() -> int:
+    """Be the session: does not return before it is over."""
+    raw.limit_malloc_arenas(ARENAS)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    settings = _settings()
+    worker.prepare()
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    base_data, base_address_space = own_sizes(proc)
+    os.close(proc)
+    plan = SessionConfinement(
+        kernel_id=None,
+        memory_mb=settings["memory_mb"],
+        disk_mb=settings["disk_mb"],
+        tasks=None,  # RLIMIT_NPROC counts a uid over all containers: the engine's pids limit does it
+        base_data=base_data,
+        base_address_space=base_address_space,
+    )
+    gc.collect()
+    gc.freeze()
+    data, data_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    reports, reports_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    out_read, out_write = os.pipe()
+    err_read, err_write = os.pipe()
+    if os.fork() == 0:
+        _run_relay(data, reports, {STDOUT: out_read, STDERR: err_read}, plan)
+    fds = [data_theirs.detach(), reports_theirs.detach(), out_write, err_write]
+    supervisor.main(lambda: confine_in_container(plan), set(), fds, settings["seconds"])

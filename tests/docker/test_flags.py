@@ -1,0 +1,150 @@
+"""Every hardening flag of a running session's container, as the engine and the kernel report it, not as it was asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("docker", reason="the extra 'docker' is not installed")
+
+from rlm_sandbox import Context, Limits, REPLProtocol, open_repl
+from rlm_sandbox.backends.docker.engine import own_name
+from rlm_sandbox.backends.docker.profile import seccomp_profile
+from rlm_sandbox.options import DockerOptions
+
+from .conftest import ours, until
+
+LIMITS = Limits(memory_mb=100, disk_mb=8, processes=20, session_seconds=300)
+
+
+@pytest.fixture
+def found(api: Any) -> Any:
+    """What the engine says of a running session's container."""
+    with open_repl("docker", limits=LIMITS, options=DockerOptions(cpus=0.5)):
+        (container,) = ours(api, own_name())
+        yield api.inspect_container(container["Id"])
+
+
+def test_the_engine_runs_it_as_asked(found: dict[str, Any]) -> None:
+    config, host = found["Config"], found["HostConfig"]
+    assert config["User"] == "65534:65534"
+    assert config["Hostname"] == "sandbox"
+    assert not host["Privileged"]
+    assert host["NetworkMode"] == "none"
+    assert host["ReadonlyRootfs"] is True
+    assert host["CapDrop"] == ["ALL"]
+    assert not host["CapAdd"]
+    assert not host["Devices"]
+    assert "no-new-privileges" in host["SecurityOpt"]
+    assert f"seccomp={seccomp_profile()}" in host["SecurityOpt"]
+    assert host["Memory"] == host["MemorySwap"] == (3 * 100 + 8 + 48) << 20
+    assert host["PidsLimit"] == 24
+    assert host["NanoCpus"] == 500_000_000
+    assert host["IpcMode"] == "private"
+    assert host["LogConfig"]["Type"] == "none"
+    assert host["AutoRemove"] is True
+    assert set(host["Tmpfs"]) == {"/tmp"}
+    assert {"noexec", "nosuid", "nodev", "size=8m"} <= set(host["Tmpfs"]["/tmp"].split(","))
+    assert {item["Name"] for item in host["Ulimits"]} >= {"core", "nofile", "fsize", "memlock"}
+    assert not any(item["Name"] == "nproc" for item in host["Ulimits"])  # it would count the user over all containers
+    assert config["OpenStdin"] is config["StdinOnce"] is True
+    assert not config["Tty"]
+    assert not host["PortBindings"]
+    assert not host["Binds"]
+    assert [(mount["Destination"], mount["RW"]) for mount in found["Mounts"]] == [("/ctx", False)]
+    assert int(config["Labels"]["org.rlm-sandbox.expiry"]) > 0
+
+
+def test_no_environment_but_the_engines_path(found: dict[str, Any]) -> None:
+    names = {item.partition("=")[0] for item in found["Config"]["Env"] or []}
+    assert names <= {"PATH", "HOSTNAME", "HOME", "LANG", "GPG_KEY", "PYTHON_VERSION", "PYTHON_SHA256", "PYTHON_PIP_VERSION"}
+    # What the processes have, as the kernel tells (the image of a registry brings a few public variables; the worker clears them).
+    assert not {name for name in names if "KEY" in name and name != "GPG_KEY"}
+
+
+def test_the_kernel_says_so_of_every_process(api: Any, repl: REPLProtocol) -> None:
+    assert repl.exec("x = 1").outcome == "ok"
+    (container,) = ours(api, own_name())
+    pids: list[int] = []
+
+    def settled() -> bool:
+        """Supervisor, relay, worker and standby; for a moment after a cell there are two standbys."""
+        pids[:] = [int(row[0]) for row in api.top(container["Id"], ps_args="-eo pid")["Processes"]]
+        return len(pids) == 4
+
+    until(settled)
+    for pid in pids:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        status = {line.partition(":")[0]: line.split()[1:] for line in lines}
+        assert status["Uid"] == ["65534"] * 4
+        assert status["Gid"] == ["65534"] * 4
+        assert status["Groups"] == [] or status["Groups"] == ["65534"]
+        for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert int(status[name][0], 16) == 0
+        assert status["NoNewPrivs"] == ["1"]
+        assert status["Seccomp"] == ["2"]
+        assert int(status["Seccomp_filters"][0]) >= 2  # the engine's and our own inside it
+        # Not dumpable: what it has below /proc belongs to root, so that no process of the container can open it.
+        assert Path(f"/proc/{pid}/mem").stat().st_uid == 0
+
+
+_LOOK = """
+import os, socket
+def tried(function, *args):
+    try:
+        function(*args)
+    except Exception as exc:
+        return type(exc).__name__
+    return "done"
+seen = {
+    "environment": dict(os.environ), "uid": os.getuid(), "host": os.uname().nodename, "cwd": os.getcwd(),
+    "socket": tried(socket.socket), "unix": tried(socket.socket, socket.AF_UNIX),
+    "root": tried(open, "/x", "w"), "usr": tried(open, "/usr/lib/rlm_guest/x", "w"), "context": tried(open, "/ctx/x", "w"),
+    "tmp": tried(open, "/tmp/x", "w"), "fork": tried(os.fork), "exec": tried(os.execv, "/usr/lib/rlm_python", ["python"]),
+    "supervisor memory": tried(open, "/proc/1/mem", "rb"), "supervisor stream": tried(os.listdir, "/proc/1/fd"),
+    "kill": tried(os.kill, 1, 9), "sys": tried(open, "/proc/sys/kernel/core_pattern", "w"),
+    "open": sorted(fd for fd in range(64) if tried(os.fstat, fd) == "done"),
+}
+"""
+
+
+def test_what_a_cell_finds(repl: REPLProtocol) -> None:
+    repl.bind("ctx", Context.from_text("text"))
+    result = repl.exec(_LOOK, read=("seen",))
+    assert result.outcome == "ok", result.error
+    seen = result.read["seen"]
+    descriptors = seen.pop("open")
+    assert len(descriptors) <= 5, descriptors  # three standard ones, the data channel, and the birth socket
+    assert seen == {
+        "environment": {},
+        "uid": 65534,
+        "host": "sandbox",
+        "cwd": "/tmp",
+        "socket": "PermissionError",
+        "unix": "PermissionError",
+        "root": "OSError",
+        "usr": "OSError",
+        "context": "OSError",
+        "tmp": "done",
+        "fork": "PermissionError",
+        "exec": "PermissionError",
+        "supervisor memory": "PermissionError",
+        "supervisor stream": "PermissionError",
+        "kill": "PermissionError",
+        "sys": "OSError",
+    }
+
+
+def test_the_profile_is_an_allow_list_without_the_dangerous_calls() -> None:
+    profile = json.loads(seccomp_profile())
+    assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
+    allowed = {name for rule in profile["syscalls"] if rule["action"] == "SCMP_ACT_ALLOW" for name in rule["names"]}
+    forbidden = {
+        "socket", "connect", "bind", "mount", "umount2", "pivot_root", "unshare", "setns", "ptrace", "process_vm_readv", "bpf",
+        "keyctl", "add_key", "perf_event_open", "userfaultfd", "io_uring_setup", "chroot", "setuid", "init_module", "kexec_load",
+        "open_by_handle_at", "mknod", "reboot", "swapon", "shmget", "msgget",
+    }  # fmt: skip
+    assert not allowed & forbidden
