@@ -141,6 +141,7 @@ def test_the_host_is_left_as_it_was(repl: REPLProtocol) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # how Python tells that a finalizer was ended
 def test_what_outlives_its_cell_ends_at_its_first_step() -> None:
     """A generator's ``finally`` that runs when the session lets go of it does not run on unwatched."""
     with open_repl("restricted", limits=Limits(time_seconds=1), accept=Grade.NONE, trusted=True) as repl:
