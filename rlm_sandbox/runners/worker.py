@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -171,7 +171,9 @@ class _Worker:
                 warnings.simplefilter("ignore")  # threads of cells do not survive into the standby, and that is documented
                 pid = _fork()
         except (OSError, MemoryError):
-            self._birth.send(CANNOT)
+            # Not waiting: outside a ticket nobody reads, and a thread of the cell may have filled the socket.
+            with suppress(BlockingIOError):
+                self._birth.send(CANNOT, socket.MSG_DONTWAIT)
             return
         if pid:
             self._rehearse()
