@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -47,11 +47,13 @@ class _SocketTransport:
         self.descriptors: list[int] = []
         self._sizes = _MAX_FRAME
         self._buffer = bytearray(_CHUNK)
+        self._unread = memoryview(b"")
 
     def replace(self, data_fd: int) -> None:
         """Go on with another channel."""
         self._sock.close()
         self._sock = socket.socket(fileno=data_fd)
+        self._unread = memoryview(b"")
 
     def close(self) -> None:
         """Give up the present channel."""
@@ -111,19 +113,27 @@ class _SocketTransport:
     def _receive(self) -> tuple[Any, list[Attachment]]:
         reader = FrameReader(max_bytes=_MAX_FRAME)
         while True:
+            frame = self._feed(reader)
+            if frame is not None:
+                return frame
             size, ancillary, _flags, _ = self._sock.recvmsg_into([self._buffer], socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
             if not size:
                 os._exit(0)
             for level, kind, raw in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     self.descriptors.append(struct.unpack("=i", raw[:4])[0])
-            view = memoryview(self._buffer)[:size]
-            while view:
-                take = min(len(view), reader.wanted)
-                frame = reader.feed(view[:take])
-                view = view[take:]
-                if frame is not None:
-                    return frame
+            self._unread = memoryview(self._buffer)[:size]
+
+    def _feed(self, reader: FrameReader) -> tuple[Any, list[Attachment]] | None:
+        """What was received goes to the parser, up to the end of a frame. A request may follow an order to make a standby
+        before that order was read, if a thread of the cell spoke for the runner; so what is left is kept."""
+        while self._unread:
+            take = min(len(self._unread), reader.wanted)
+            frame = reader.feed(self._unread[:take])
+            self._unread = self._unread[take:]
+            if frame is not None:
+                return frame
+        return None
 
 
 class _Worker:
@@ -171,7 +181,9 @@ class _Worker:
                 warnings.simplefilter("ignore")  # threads of cells do not survive into the standby, and that is documented
                 pid = _fork()
         except (OSError, MemoryError):
-            self._birth.send(CANNOT)
+            # Not waiting: outside a ticket nobody reads, and a thread of the cell may have filled the socket.
+            with suppress(BlockingIOError):
+                self._birth.send(CANNOT, socket.MSG_DONTWAIT)
             return
         if pid:
             self._rehearse()
