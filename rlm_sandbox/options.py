@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-__all__ = ("BackendOptions", "DockerOptions", "JailOptions", "MontyOptions", "RestrictedOptions")
+__all__ = ("BackendOptions", "DockerOptions", "JailOptions", "MontyOptions", "RestrictedOptions", "WasmOptions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,3 +95,17 @@ class RestrictedOptions(BackendOptions):
     def __post_init__(self) -> None:
         if not isinstance(self.process, bool):
             raise TypeError("RestrictedOptions.process must be True or False")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WasmOptions(BackendOptions):
+    """Options of the ``wasm`` backend.
+
+    ``cache``: where compiled code is kept, a directory of the user's own; None for ``RLM_SANDBOX_CACHE`` or the user's cache.
+    """
+
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache is not None and not isinstance(self.cache, Path):
+            raise TypeError(f"WasmOptions.cache must be a pathlib.Path or None, not {type(self.cache).__name__}")

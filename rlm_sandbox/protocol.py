@@ -10,7 +10,7 @@ import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Final, Literal, Protocol, Self, runtime_checkable
 
 from .limits import Limits
 from .results import ExecResult, OutputChunk
@@ -40,7 +40,8 @@ class Feature(enum.StrEnum):
     """A feature of Python that a backend's guest has. What is not declared is refused or differs."""
 
     CPYTHON = "cpython"
-    """The guest is a full CPython: every feature below and the standard library."""
+    """The guest is a full CPython with its standard library: every feature of the language below. What depends on the
+    system around it is declared apart: `THREADS`, `FILES`, `RAW_DESCRIPTORS`."""
     CLASSES = "classes"
     INHERITANCE = "inheritance"
     GENERATORS = "generators"
@@ -65,6 +66,10 @@ class Feature(enum.StrEnum):
     """A writable ``/tmp``."""
     RAW_DESCRIPTORS = "raw_descriptors"
     """``os.write(1, ...)`` and C-level output are captured."""
+
+
+#: Features that an interpreter alone cannot have.
+_OF_THE_SYSTEM: Final = frozenset({Feature.THREADS, Feature.FILES, Feature.RAW_DESCRIPTORS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +119,7 @@ class Capabilities:
 
     def has(self, feature: Feature) -> bool:
         """True if the guest's language has ``feature``."""
-        return feature in self.language or Feature.CPYTHON in self.language
+        return feature in self.language or (Feature.CPYTHON in self.language and feature not in _OF_THE_SYSTEM)
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from .errors import BackendUnavailable, UnsupportedLimit
 from .limits import Limits
-from .options import BackendOptions, DockerOptions, JailOptions, MontyOptions, RestrictedOptions
+from .options import BackendOptions, DockerOptions, JailOptions, MontyOptions, RestrictedOptions, WasmOptions
 from .protocol import Capabilities, Grade, REPLProtocol
 
 __all__ = (
@@ -85,10 +85,11 @@ _BACKENDS: Final[dict[str, _Entry]] = {
     "restricted": _Entry(
         "rlm_sandbox.backends.restricted", RestrictedOptions, "RestrictedPython", "run: pip install 'rlm-sandbox[restricted]'"
     ),
+    "wasm": _Entry("rlm_sandbox.backends.wasm", WasmOptions, "wasmtime", "run: pip install 'wasmtime==50.0.1'"),
 }
 
 #: What ``auto`` tries, in this order. ``restricted`` is never here: it is no isolation.
-AUTO_ORDER: Final = ("jail",)
+AUTO_ORDER: Final = ("jail", "wasm")
 
 
 def backend_names() -> tuple[str, ...]:

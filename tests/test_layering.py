@@ -63,6 +63,9 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "rlm_policy": ("backends.restricted.policy.guest_boot",),  # the policy itself, under its name in a guest
     "docker": ("backends.docker",),
     "requests": ("backends.docker",),  # docker-py's transport, for its exceptions
+    "wasmtime": ("backends.wasm",),
+    "componentize_py": ("backends.wasm.build",),
+    "wit_world": ("runners.wasm_main",),  # what the component's tool makes of the guest's interface
     "openai": ("adapters",),
     "prompt_toolkit": ("repl",),
     "rich": ("console", "cli", "doctor", "repl", "__main__"),

@@ -29,7 +29,9 @@ class Capture:
         self._tail_size = 0
         self._dropped: dict[Stream, int] = {"stdout": 0, "stderr": 0}
         self._on_output = on_output
-        self._decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self._head}
+        self._decoders: dict[Stream, codecs.IncrementalDecoder] = {}
+        if on_output is not None:
+            self._decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self._head}
         self._shown_left = cap
         self.total = 0
 

@@ -98,10 +98,23 @@ def _is_async(function: Any) -> bool:
     )
 
 
+ExposeContext = Callable[[Context], tuple[Exposed, tuple[type[BaseException], ...]]]
+
+
+def expose_context(context: Context) -> tuple[Exposed, tuple[type[BaseException], ...]]:
+    """The context itself with its own allow-list."""
+    return Exposed(context, frozenset(CONTEXT_METHODS), frozenset(), frozenset(CONTEXT_OPERATORS), "Context"), ()
+
+
 class HandleTable:
     """The host objects one session's guest can reach, by opaque id. Not thread-safe: one session, one caller."""
 
-    def __init__(self) -> None:
+    def __init__(self, expose_context: ExposeContext = expose_context) -> None:
+        """
+        Args:
+            expose_context: what of a `Context` a guest may reach, and the errors whose message it may see.
+        """
+        self._expose_context = expose_context
         self._bound: dict[int, _Bound] = {}
         self._next = 1
 
@@ -120,7 +133,8 @@ class HandleTable:
         if not isinstance(errors, tuple) or not all(isinstance(item, type) and issubclass(item, BaseException) for item in errors):
             raise TypeError("bind(errors=...) takes a tuple of exception classes")
         if isinstance(target, Context):
-            target = Exposed(target, frozenset(CONTEXT_METHODS), frozenset(), frozenset(CONTEXT_OPERATORS), "Context")
+            target, own_errors = self._expose_context(target)
+            errors += own_errors
         if isinstance(target, Exposed):
             if any(member.startswith("_") for member in target.methods | target.attributes):
                 raise TypeError("only public names can be exposed; make the object with expose()")

@@ -11,8 +11,8 @@ from ..limits import Limits
 from ..results import LimitHit, Opaque, Outcome, State
 from ..wire.codec import OpaqueValue
 from ..wire.messages import TOO_LARGE
+from .exchange import TurnEnd
 from .guest import Death
-from .turn import TurnEnd
 
 __all__ = ("from_guest", "how_it_died", "judge", "killed_error", "turn_error", "worse")
 

@@ -104,13 +104,7 @@ class HostCalls:
             TypeError: an argument is not plain data, or too large.
             HostCallError, or an exception the host allows: the call failed.
         """
-        with self._changed:
-            if not self._open:
-                raise HostCallError("host calls are possible only while a cell runs")
-            call = _Call(self._next, (handle, method, args, kwargs))
-            self._next += 1
-            self._queue.append(call)
-            self._changed.notify_all()
+        call = self.submit(handle, method, args, kwargs)
         self._waiting += 1
         try:
             self._wait_for(call)
@@ -119,6 +113,23 @@ class HostCalls:
         if call.error is not None:
             raise call.error
         return call.answer
+
+    def submit(self, handle: int, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        """Queue a call without waiting for it. Raises `HostCallError` between cells."""
+        with self._changed:
+            if not self._open:
+                raise HostCallError("host calls are possible only while a cell runs")
+            call = _Call(self._next, (handle, method, args, kwargs))
+            self._next += 1
+            self._queue.append(call)
+            self._changed.notify_all()
+        return call
+
+    def exchange_queued(self, *, more: bool) -> None:
+        """One suspension with what is queued and outstanding, from a guest with one thread. ``more``: it has timers, too."""
+        batch, self._queue = self._queue[:MAX_CALLS_PER_SUSPENSION], self._queue[MAX_CALLS_PER_SUSPENSION:]
+        self._outstanding.update((item.number, item) for item in batch)
+        self._exchange(batch, more=more)
 
     def _wait_for(self, call: _Call) -> None:
         while True:
@@ -147,7 +158,7 @@ class HostCalls:
             if len(self._queue) == before:
                 return
 
-    def _exchange(self, batch: list[_Call]) -> None:
+    def _exchange(self, batch: list[_Call], *, more: bool = False) -> None:
         """One suspension and the host's resume."""
         encoder = Encoder()
         calls: list[list[Any]] = []
@@ -171,7 +182,7 @@ class HostCalls:
         if not calls and not self._outstanding:
             return
         try:
-            message = Suspend(calls, threading.active_count() > self._waiting)
+            message = Suspend(calls, more or threading.active_count() > self._waiting)
             header, attachments = self._transport.exchange(message, encoder.attachments)
         except FrameTooLarge:
             for item in batch:

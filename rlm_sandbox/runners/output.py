@@ -15,10 +15,9 @@ _INTERVAL_SECONDS: Final = 0.002
 
 
 class CellOutput(io.TextIOWrapper):
-    """A text stream on a raw descriptor. Lone surrogates are escaped, so printing never fails."""
+    """A text stream on a raw stream. Lone surrogates are escaped, so printing never fails."""
 
-    def __init__(self, descriptor: int) -> None:
-        raw = io.FileIO(descriptor, "w", closefd=False)
+    def __init__(self, raw: io.RawIOBase) -> None:
         super().__init__(io.BufferedWriter(raw, 64 * 1024), encoding="utf-8", errors="backslashreplace", newline="\n")
         self._writes = 0
         self._flushed = 0.0

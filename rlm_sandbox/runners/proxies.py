@@ -31,6 +31,10 @@ class AsyncCalls:
             self._executor = concurrent.futures.ThreadPoolExecutor(_ASYNC_THREADS, "host-call")
         return self._executor
 
+    async def call(self, calls: CallsHost, handle: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the host and await the answer."""
+        return await asyncio.get_running_loop().run_in_executor(self.executor(), lambda: calls.call(handle, None, args, kwargs))
+
     def end_cell(self) -> None:
         """Let the threads go; a later cell makes new ones."""
         if self._executor is not None:
@@ -51,12 +55,11 @@ def make_function(calls: CallsHost, handle: int, name: str) -> Callable[..., Any
     return _named(host_function, name)
 
 
-def make_async_function(calls: CallsHost, threads: AsyncCalls, handle: int, name: str) -> Callable[..., Any]:
+def make_async_function(calls: CallsHost, awaited: AsyncCalls, handle: int, name: str) -> Callable[..., Any]:
     """A coroutine function that calls the host; many can be awaited at once."""
 
     async def host_function(*args: Any, **kwargs: Any) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(threads.executor(), lambda: calls.call(handle, None, args, kwargs))
+        return await awaited.call(calls, handle, args, kwargs)
 
     return _named(host_function, name)
 

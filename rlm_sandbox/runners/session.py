@@ -68,18 +68,25 @@ def _cut(text: str, limit: int) -> str:
 class GuestSession:
     """Names, cells and host calls of one worker. Survives a fork: the copy goes on with the same names."""
 
-    def __init__(self, transport: Transport, interruptible: Callable[[bool], None], map_text: Callable[[BindText], str]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        interruptible: Callable[[bool], None],
+        map_text: Callable[[BindText], str],
+        async_calls: AsyncCalls | None = None,
+    ) -> None:
         """
         Args:
             transport: carries frames.
             interruptible: called with True when cell code begins and False when it ends; an interrupt may raise between.
             map_text: gives the text of a context whose descriptor came beside the message.
+            async_calls: how awaited host calls wait; in threads if it is not given.
         """
         self._transport = transport
         self._interruptible = interruptible
         self._map_text = map_text
         self._calls = HostCalls(transport, load_message, self._from_host)
-        self._async_calls = AsyncCalls()
+        self._async_calls = async_calls or AsyncCalls()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._module = types.ModuleType("__main__")
         self._names: dict[str, Any] = self._module.__dict__
@@ -260,14 +267,19 @@ class GuestSession:
 
     def summaries(self) -> dict[str, str]:
         """The session's variables: name to a short summary. No guest code runs for it."""
-        return {name: summary(self._names[name]) for name in self._variables()}
+        return {name: summary(self._names[name]) for name in self._variables() if name in self._names}
 
     def _variables(self) -> list[str]:
-        names = []
-        for name, value in list(self._names.items()):
-            if type(name) is str and not name.startswith("_") and self._given.get(name, _MISSING) is not value:
-                names.append(name[:_MAX_NAME].encode("utf-8", "replace").decode())
-        return names[:_MAX_NAMES]
+        given = self._given
+        names = [
+            name
+            for name, value in list(self._names.items())
+            if type(name) is str and name[:1] != "_" and given.get(name, _MISSING) is not value
+        ]
+        return [
+            name if name.isascii() and len(name) <= _MAX_NAME else name[:_MAX_NAME].encode("utf-8", "replace").decode()
+            for name in names[:_MAX_NAMES]
+        ]
 
     def _changed_names(self) -> list[str] | None:
         names = self._variables()

@@ -6,6 +6,7 @@ descriptors, and nothing else.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -251,7 +252,7 @@ def main(data_fd: int, birth: socket.socket, generation: int) -> NoReturn:
     """Be the worker of a session."""
     threading.stack_size(_THREAD_STACK)
     sys.stdin = open(0, encoding="utf-8", closefd=False)
-    outputs = (CellOutput(1), CellOutput(2))
+    outputs = (CellOutput(io.FileIO(1, "w", closefd=False)), CellOutput(io.FileIO(2, "w", closefd=False)))
     sys.stdout, sys.stderr = outputs
     sys.__stdout__, sys.__stderr__ = outputs  # type: ignore[misc]
     sys.argv = [""]

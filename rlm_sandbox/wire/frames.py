@@ -14,7 +14,6 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Callable
 from typing import Any, Final
 
 from .codec import MAX_ATTACHMENTS, Attachment, WireError
@@ -41,6 +40,39 @@ class FrameTruncated(WireError):
     """The stream ended inside a frame."""
 
 
+def dump_header(header: Any) -> bytes:
+    """A header as JSON.
+
+    Raises:
+        FrameTooLarge: it is larger, or has more elements, than the protocol allows.
+        WireError: it has lone surrogates outside an attachment.
+    """
+    try:
+        head = _ENCODER.encode(header).encode("utf-8")
+    except ValueError:  # lone surrogates, floats that are not finite
+        raise WireError("a header has a text or a number that JSON cannot carry") from None
+    if len(head) > MAX_HEADER_BYTES:
+        raise FrameTooLarge("the frame's header is larger than the protocol allows")
+    if _tokens(head) > MAX_HEADER_TOKENS:
+        raise FrameTooLarge("the frame's header has more elements than the protocol allows")
+    return head
+
+
+def load_header(head: bytes) -> Any:
+    """The header of its JSON.
+
+    Raises:
+        FrameTooLarge: it has more elements than the protocol allows; nothing was made of it.
+        WireError: it is not JSON.
+    """
+    if _tokens(head) > MAX_HEADER_TOKENS:
+        raise FrameTooLarge("a frame's header has more elements than the protocol allows")
+    try:
+        return _decoder().decode(head.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise WireError("a frame's header is not valid JSON") from None
+
+
 def dump_frame(header: Any, attachments: list[Attachment], *, max_bytes: int) -> list[bytes]:
     """The frame as a list of buffers to write in order.
 
@@ -48,15 +80,10 @@ def dump_frame(header: Any, attachments: list[Attachment], *, max_bytes: int) ->
         FrameTooLarge: it is larger than ``max_bytes``; nothing was written, the stream stays in step.
         WireError: the header has lone surrogates outside an attachment, or a float that is not finite.
     """
-    try:
-        head = json.dumps(header, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
-    except ValueError:  # lone surrogates, floats that are not finite
-        raise WireError("a header has a text or a number that JSON cannot carry") from None
+    head = dump_header(header)
     raw = [part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass") for part in attachments]
-    if len(head) > MAX_HEADER_BYTES or len(raw) > MAX_ATTACHMENTS:
-        raise FrameTooLarge("the frame's header is larger than the protocol allows")
-    if _tokens(head) > MAX_HEADER_TOKENS:
-        raise FrameTooLarge("the frame's header has more elements than the protocol allows")
+    if len(raw) > MAX_ATTACHMENTS:
+        raise FrameTooLarge("the frame has more attachments than the protocol allows")
     if len(head) + sum(map(len, raw)) > max_bytes:
         raise FrameTooLarge(f"the frame is larger than {max_bytes} bytes")
     table = b"".join(_ENTRY.pack(isinstance(part, str), len(data)) for part, data in zip(attachments, raw, strict=True))
@@ -164,12 +191,7 @@ class FrameReader:
     def _finish(self) -> tuple[Any, list[Attachment]]:
         head, *raw = self._parts
         self._stage, self._want, self._parts = 0, _PREFIX.size, []
-        if _tokens(head) > MAX_HEADER_TOKENS:
-            raise FrameTooLarge("a frame's header has more elements than the protocol allows")
-        try:
-            header = json.loads(head.decode("utf-8"), parse_constant=_no_constant, parse_int=_int_parser())
-        except (ValueError, RecursionError):
-            raise WireError("a frame's header is not valid JSON") from None
+        header = load_header(head)
         attachments: list[Attachment] = []
         for (kind, _), data in zip(self._entries, raw, strict=True):
             try:
@@ -197,13 +219,19 @@ def _no_constant(name: str) -> Any:
     raise ValueError("NaN and infinities are not allowed in a header")
 
 
-def _int_parser() -> Callable[[str], int] | None:
-    # By default int() itself refuses texts over 4,300 digits; a process that switched that off gets our own bound,
-    # because int-from-text is quadratic. Integers that large travel as tagged hex.
-    return None if 0 < sys.get_int_max_str_digits() <= 10_000 else _short_int
-
-
 def _short_int(text: str) -> int:
     if len(text) > 17:
         raise ValueError("an integer is too long")
     return int(text)
+
+
+# Made once: a coder for each message would cost more than the message.
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_DECODER: Final = json.JSONDecoder(parse_constant=_no_constant)
+_DECODER_OF_SHORT_INTEGERS: Final = json.JSONDecoder(parse_constant=_no_constant, parse_int=_short_int)
+
+
+def _decoder() -> json.JSONDecoder:
+    # By default int() itself refuses texts over 4,300 digits; a process that switched that off gets our own bound,
+    # because int-from-text is quadratic. Integers that large travel as tagged hex.
+    return _DECODER if 0 < sys.get_int_max_str_digits() <= 10_000 else _DECODER_OF_SHORT_INTEGERS

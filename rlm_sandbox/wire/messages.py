@@ -196,6 +196,9 @@ _MESSAGES: Final[dict[str, type[Message]]] = {
     for cls in (Configure, Exec, Get, SetValue, BindObject, BindText, Names, Protect, Resume, Forget, Hello, Output, Done, Suspend)
 }
 
+_FIELDS: Final[dict[type[Message], tuple[tuple[str, str], ...]]] = {
+    cls: tuple((field.name, str(field.type)) for field in fields(cls)) for cls in _MESSAGES.values()
+}
 #: Message name to its fields with their types, as text: the snapshot a test guards.
 SCHEMA: Final[dict[str, list[str]]] = {
     op: [f"{field.name}: {field.type}" for field in fields(cls)] for op, cls in _MESSAGES.items()
@@ -218,7 +221,7 @@ _M = TypeVar("_M", bound=Message)
 
 def dump_message(message: Message) -> list[Any]:
     """The JSON header of a message."""
-    return [message.op, *(getattr(message, field.name) for field in fields(message))]
+    return [message.op, *(getattr(message, name) for name, _ in _FIELDS[type(message)])]
 
 
 def load_message(header: Any, expected: tuple[type[_M], ...]) -> _M:
@@ -232,11 +235,11 @@ def load_message(header: Any, expected: tuple[type[_M], ...]) -> _M:
     cls = _MESSAGES.get(header[0])
     if cls is None or not issubclass(cls, expected):
         raise WireError("a message came that may not come now")
-    specification = fields(cls)
+    specification = _FIELDS[cls]
     if len(header) != len(specification) + 1:
         raise WireError("a message has the wrong number of fields")
-    for field, value in zip(specification, header[1:], strict=True):
-        _check_field(str(field.type), value)
+    for (_, kind), value in zip(specification, header[1:], strict=True):
+        _check_field(kind, value)
     return cls(*header[1:])
 
 

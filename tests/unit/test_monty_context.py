@@ -20,7 +20,7 @@ TEXT = "alpha beta\n<!-- Page 1 -->one needle<!-- Page 2 -->two Needle \U0001f60
 
 
 def test_searches_mean_what_they_mean_on_the_host() -> None:
-    from rlm_sandbox.backends.monty.search import SearchProcess
+    from rlm_sandbox.bridge.search import SearchProcess
 
     context = Context.from_documents([TEXT, "more needles"])
     search = SearchProcess(context)
@@ -37,7 +37,7 @@ def test_searches_mean_what_they_mean_on_the_host() -> None:
 
 
 def test_a_search_can_be_cancelled_and_the_next_one_works() -> None:
-    from rlm_sandbox.backends.monty.search import SearchProcess
+    from rlm_sandbox.bridge.search import SearchProcess
 
     search = SearchProcess(Context.from_text("a" * 5_000 + "b"))
     try:
@@ -55,7 +55,7 @@ def test_a_search_can_be_cancelled_and_the_next_one_works() -> None:
 
 
 def test_what_would_be_large_is_refused_before_it_is_made() -> None:
-    from rlm_sandbox.backends.monty.context_calls import BoundContext
+    from rlm_sandbox.bridge.context_calls import BoundContext
 
     bound = BoundContext(Context.from_text("a" * 2_000_000), 10_000_000)
     too_large = "the result would have more than"

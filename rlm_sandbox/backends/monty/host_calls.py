@@ -9,13 +9,13 @@ from typing import Any, Final
 
 import pydantic_monty as monty
 
+from ...bridge.context_calls import CONTEXT_ERRORS, BoundContext
 from ...bridge.handles import CallFailed, CallRefused, CallReturned, HandleTable, HostCall, Outcome
 from ...context import Context
 from ...protocol import Feature
 from ...wire.codec import HandleRef, ValueRefused
 from . import values
 from .cells import OPERATOR_METHODS, SLICE_METHOD
-from .context_calls import CONTEXT_ERRORS, BoundContext
 from .remedy import remedy
 
 __all__ = ("HostDoor",)

@@ -14,8 +14,8 @@ import threading
 from pathlib import Path
 from typing import IO, Any, Final
 
-from ...context import Context
-from ...context import view as _view
+from ..context import Context
+from ..context import view as _view
 
 try:
     import resource

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from ...binding import Exposed
-from ...context import CONTEXT_METHODS, CONTEXT_OPERATORS, Context
-from ...wire.codec import MAX_ELEMENTS
+from ..binding import Exposed
+from ..context import CONTEXT_METHODS, CONTEXT_OPERATORS, Context
+from ..wire.codec import MAX_ELEMENTS
 from .search import SearchProcess
 
 __all__ = ("CONTEXT_ERRORS", "BoundContext")

@@ -1,0 +1,86 @@
+"""The `wasm` backend for the registry."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Final
+
+from ...errors import BackendUnavailable
+from ...options import WasmOptions
+from ...protocol import Capabilities, Feature, Grade, REPLProtocol
+from ...registry import Availability, SessionConfig
+from .engine import shared_engine
+from .instance import check_memory_limit
+from .pool import InstancePool
+from .session import WasmSession
+
+__all__ = ("BACKEND",)
+
+#: Frames on their way and what the engine keeps beside a guest's memory.
+_OVERHEAD_MB: Final = 256
+_ABSENT: Final = frozenset({Feature.THREADS, Feature.FILES})
+
+_lock: Final = threading.Lock()
+_pools: dict[tuple[int, object], InstancePool] = {}
+
+
+def _pool(config: SessionConfig) -> InstancePool:
+    """The ready instances of this process for one cache."""
+    cache = config.options.cache if isinstance(config.options, WasmOptions) else None
+    loaded = shared_engine(cache)
+    with _lock:
+        return _pools.setdefault((os.getpid(), cache), InstancePool(loaded))
+
+
+class WasmBackend:
+    """See `rlm_sandbox.registry.Backend`."""
+
+    def probe(self) -> Availability:
+        """Load the engine and the component: the first session needs them anyway."""
+        try:
+            shared_engine()
+        except BackendUnavailable as exc:
+            return Availability(False, exc.reason, exc.remedy)
+        return Availability(True)
+
+    def capabilities(self, config: SessionConfig) -> Capabilities:
+        """What a session enforces."""
+        memory = config.limits.memory_mb
+        return Capabilities(
+            backend="wasm",
+            isolation=(
+                "CPython compiled to WebAssembly, in an instance of its own inside this process: the engine checks every memory "
+                "access, and there is no system call to make"
+            ),
+            time_seconds=Grade.HARD,
+            wall_seconds=Grade.HARD,
+            output_bytes=Grade.HARD,
+            host_calls=Grade.HARD,
+            value_bytes=Grade.HARD,
+            memory_mb=Grade.HARD,
+            processes=Grade.HARD,
+            disk_mb=Grade.HARD,
+            session_seconds=Grade.HARD,
+            network=Grade.HARD,
+            crash=Grade.HARD,
+            interrupt=Grade.HARD,
+            language=frozenset(Feature) - _ABSENT,
+            soft_interrupt=False,
+            recovery="replay" if config.recovery else "none",
+            context_route="host_calls",
+            guest_threads=False,
+            host_memory_worst_mb=None if memory is None else memory + _OVERHEAD_MB,
+            notes=(
+                "The REPL is CPython 3.14 with most of the standard library. There are no threads, no files and no network.",
+                "For parallel model calls use llm_batch, or await several with asyncio.gather.",
+            ),
+        )
+
+    def open(self, config: SessionConfig) -> REPLProtocol:
+        """Open a session."""
+        check_memory_limit(config.limits.memory_mb)
+        return WasmSession(_pool(config), config, self.capabilities(config))
+
+
+BACKEND: Final = WasmBackend()

@@ -1,0 +1,164 @@
+"""The user's cache of compiled guests. What is in it is native code that runs as the user: nothing foreign may get in.
+
+The directory belongs to the user and is closed to everybody else; each entry has a record of its digest beside it. An
+entry that is damaged, or not the user's own, is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from wasmtime import Engine, WasmtimeError
+from wasmtime.component import Component
+
+from ...errors import BackendUnavailable
+from .progress import progress
+
+if TYPE_CHECKING:
+    from .component import GuestComponent
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ("CACHE_VARIABLE", "cache_directory", "compiled_file", "exclusive", "read_private")
+
+#: Names a directory to use in place of the user's cache.
+CACHE_VARIABLE: Final = "RLM_SANDBOX_CACHE"
+_REMEDY: Final = f"set {CACHE_VARIABLE} to a directory of your own with 200 MB to spare"
+_ENGINE: Final = version("wasmtime")
+#: Compiled guests of older versions that are kept.
+_KEEP: Final = 4
+
+
+def _default_directory() -> Path:
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "rlm-sandbox"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "rlm-sandbox"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlm-sandbox"
+
+
+def cache_directory(chosen: Path | None) -> Path:
+    """The directory, made and checked.
+
+    Raises:
+        BackendUnavailable: it cannot be made or written, or is open to others.
+    """
+    named = chosen or (Path(os.environ[CACHE_VARIABLE]) if os.environ.get(CACHE_VARIABLE) else None)
+    try:
+        directory = (named or _default_directory()) / "wasm"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.lstat()
+    except (OSError, RuntimeError) as exc:
+        why = getattr(exc, "strerror", None) or str(exc)
+        raise BackendUnavailable("wasm", f"there is no cache directory for compiled code ({why})", _REMEDY) from None
+    if hasattr(os, "geteuid"):
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise BackendUnavailable("wasm", f"the cache directory {str(directory)!r} belongs to somebody else", _REMEDY)
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            raise BackendUnavailable(
+                "wasm", f"the cache directory {str(directory)!r} is open to others", f"run: chmod 700 {str(directory)!r}"
+            )
+    return directory
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Held by one process at a time, where the system has such locks: two that compile at once do the work once."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    except OSError:
+        yield  # a cache that cannot be written is found out when it is
+        return
+    try:
+        if fcntl is not None:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def read_private(path: Path) -> bytes:
+    """A file that is the user's own. Raises OSError if it is not."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or (hasattr(os, "geteuid") and found.st_uid != os.geteuid()):
+            raise PermissionError("not a file of this user's own")
+        return file.read()
+
+
+def compiled_file(engine: Engine, source: GuestComponent, configuration: str, chosen: Path | None) -> Component:
+    """The component as native code: from the cache, or compiled into it.
+
+    Raises:
+        BackendUnavailable: the cache cannot be used.
+    """
+    key = hashlib.sha256(f"{_ENGINE}\n{configuration}\n{source.digest}".encode()).hexdigest()[:24]
+    path = cache_directory(chosen) / f"guest-{key}.cwasm"
+    found = _read_entry(engine, path)
+    if found is not None:
+        return found
+    with exclusive(path.with_suffix(".lock")):
+        found = _read_entry(engine, path)  # another process made it meanwhile
+        if found is not None:
+            return found
+        with progress("compiling the wasm guest for this machine, once"):
+            component = Component(engine, source.data)
+        _write_entry(path, bytes(component.serialize()))
+        found = _read_entry(engine, path)
+        _drop_old(path)
+    # The file's pages are shared by every process that maps them; what was compiled here is this process's alone.
+    return found or component
+
+
+def _read_entry(engine: Engine, path: Path) -> Component | None:
+    try:
+        recorded = json.loads(read_private(path.with_suffix(".json")))["digest"]
+        if hashlib.sha256(read_private(path)).hexdigest() != recorded:
+            return None
+        return Component.deserialize_file(engine, str(path))
+    except (OSError, ValueError, KeyError, TypeError, WasmtimeError):
+        return None
+
+
+def _write_entry(path: Path, code: bytes) -> None:
+    record = json.dumps({"digest": hashlib.sha256(code).hexdigest(), "wasmtime": _ENGINE}).encode()
+    try:
+        for target, data in ((path, code), (path.with_suffix(".json"), record)):
+            fd, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    file.write(data)
+                Path(name).replace(target)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+    except OSError as exc:
+        raise BackendUnavailable(
+            "wasm", f"the cache directory {str(path.parent)!r} cannot be written ({exc.strerror})", _REMEDY
+        ) from None
+
+
+def _drop_old(kept: Path) -> None:
+    """Compiled guests of versions nobody uses any more would pile up at 50 MB each."""
+    try:
+        entries = sorted(kept.parent.glob("guest-*.cwasm"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in entries[_KEEP:]:
+            if path != kept:
+                for suffix in (".cwasm", ".json", ".lock"):
+                    path.with_suffix(suffix).unlink(missing_ok=True)
+    except OSError:
+        return

@@ -1,0 +1,72 @@
+"""Where the guest component is: in the package, or built from this package's sources into the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ...errors import BackendUnavailable
+from . import build
+from .cache import cache_directory, exclusive, read_private
+
+__all__ = ("GuestComponent", "find_component")
+
+_REINSTALL: Final = "reinstall rlm-sandbox, or run: pip install 'componentize-py==0.25.1'"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestComponent:
+    """A component whose bytes are those that were recorded when it was built."""
+
+    data: bytes
+    digest: str
+    packaged: bool
+
+
+def find_component(cache: Path | None) -> GuestComponent:
+    """The component of these sources. Built, once, if the package does not carry it.
+
+    Raises:
+        BackendUnavailable: it is damaged; or missing, and the tool that builds it is not installed.
+    """
+    sources = build.sources_digest()
+    packaged = Path(__file__).with_name("guest")
+    if (packaged / build.COMPONENT_NAME).exists():
+        found = _checked(packaged, sources, packaged=True)
+        if found is not None:
+            return found
+    directory = cache_directory(cache) / f"component-{sources[:24]}"
+    with exclusive(cache_directory(cache) / "build.lock"):
+        found = _checked(directory, sources, packaged=False)
+        if found is None:
+            if not build.can_build():
+                raise BackendUnavailable("wasm", "the guest component is missing from this installation", _REINSTALL)
+            build.build(directory)
+            found = _checked(directory, sources, packaged=False)
+    if found is None:
+        raise BackendUnavailable("wasm", "the guest component that was just built cannot be read", _REINSTALL)
+    return found
+
+
+def _checked(directory: Path, sources: str, *, packaged: bool) -> GuestComponent | None:
+    """The component of a directory if it is whole; None if it is missing or older than the sources."""
+    try:
+        record = json.loads((directory / build.RECORD_NAME).read_bytes())
+        if record.get("sources") != sources:
+            return None  # an editable install whose guest side was changed since
+        data = (directory / build.COMPONENT_NAME).read_bytes() if packaged else read_private(directory / build.COMPONENT_NAME)
+    except (OSError, ValueError, AttributeError):
+        if packaged:
+            raise BackendUnavailable("wasm", "the guest component of this installation is damaged", _REINSTALL) from None
+        return None
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != record.get("digest"):
+        if packaged:
+            raise BackendUnavailable(
+                "wasm", "the guest component of this installation is not the one that was recorded when it was built", _REINSTALL
+            )
+        return None
+    return GuestComponent(data, digest, packaged)

@@ -1,0 +1,90 @@
+"""The journal: every request of a session and whatever its guest was told meanwhile, so that it can be run again.
+
+A guest is deterministic: the same instance, given the same requests, answers, times and random numbers, comes to the
+same state. So a replay needs nothing else, and can be checked: what the guest says at each suspension and at the end
+must be what it said the first time, or the state is not called restored.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from ...context import Context
+
+__all__ = ("Entry", "Journal")
+
+#: What the journal of one session may take of the host's memory, in bytes. Beyond it the session is not protected.
+MAX_BYTES: Final = 64 << 20
+#: A number and its place in a list.
+_NUMBER_BYTES: Final = 40
+_ENTRY_BYTES: Final = 600
+
+
+@dataclass(slots=True)
+class Entry:
+    """One request. ``answers`` are the host's: frames, numbers (times), random bytes, in the order they were given."""
+
+    request: str
+    context: Context | None = None
+    answers: list[str | int | bytes] = field(default_factory=list)
+    suspensions: list[int] = field(default_factory=list)
+    ended: int = 0
+    seconds: float = 0.0
+    #: Numbers alone; the rest is counted when the entry is done.
+    _numbers: int = 0
+    overflowed: bool = False
+
+    def note_suspension(self, frame: str) -> None:
+        """Remember what the guest asked."""
+        self.suspensions.append(hash(frame))
+
+    def note_number(self, value: int) -> None:
+        """Remember a time the guest read; a guest that does nothing else must not fill the host's memory."""
+        self._numbers += _NUMBER_BYTES
+        if self._numbers > MAX_BYTES:
+            self.overflowed = True
+            self.answers.clear()
+            self._numbers = 0
+        if not self.overflowed:
+            self.answers.append(value)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes."""
+        told = sum(sys.getsizeof(item) for item in self.answers if not isinstance(item, int))
+        return _ENTRY_BYTES + sys.getsizeof(self.request) + self._numbers + told + 16 * len(self.suspensions)
+
+
+class Journal:
+    """The entries of one guest's life, in order."""
+
+    def __init__(self) -> None:
+        self._entries: list[Entry] = []
+        self._size = 0
+        self.seconds = 0.0
+        self.complete = True
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
+
+    def since(self, position: int) -> list[Entry]:
+        """The entries from a position on."""
+        return self._entries[position:]
+
+    def add(self, entry: Entry) -> None:
+        """Take a request that has ended. One that is too large makes the journal incomplete, and empties it."""
+        if not self.complete:
+            return
+        self._size += entry.size
+        self.seconds += entry.seconds
+        if entry.overflowed or self._size > MAX_BYTES:
+            self.complete = False
+            self._entries.clear()
+            return
+        self._entries.append(entry)
