@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 from typing import Final
 
 from ...errors import BackendUnavailable
-from ...options import WasmOptions
+from ...options import BackendOptions, WasmOptions
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
 from ...registry import Availability, SessionConfig
 from .engine import shared_engine
@@ -25,9 +26,13 @@ _lock: Final = threading.Lock()
 _pools: dict[tuple[int, object], InstancePool] = {}
 
 
+def _cache(options: BackendOptions | None) -> Path | None:
+    return options.cache if isinstance(options, WasmOptions) else None
+
+
 def _pool(config: SessionConfig) -> InstancePool:
     """The ready instances of this process for one cache."""
-    cache = config.options.cache if isinstance(config.options, WasmOptions) else None
+    cache = _cache(config.options)
     loaded = shared_engine(cache)
     with _lock:
         return _pools.setdefault((os.getpid(), cache), InstancePool(loaded))
@@ -36,10 +41,10 @@ def _pool(config: SessionConfig) -> InstancePool:
 class WasmBackend:
     """See `rlm_sandbox.registry.Backend`."""
 
-    def probe(self) -> Availability:
+    def probe(self, options: BackendOptions | None = None) -> Availability:
         """Load the engine and the component: the first session needs them anyway."""
         try:
-            shared_engine()
+            shared_engine(_cache(options))
         except BackendUnavailable as exc:
             return Availability(False, exc.reason, exc.remedy)
         return Availability(True)
