@@ -78,7 +78,7 @@ class FakeREPL:
             network=Grade.NONE,
             crash=Grade.NONE,
             interrupt=Grade.NONE,
-            language=frozenset({Feature.CPYTHON}),
+            language=frozenset(Feature),
             recovery="none",
             context_route="object",
         )
