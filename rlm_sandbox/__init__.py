@@ -19,7 +19,7 @@ from .errors import (
     UnsupportedLimit,
 )
 from .limits import Limits
-from .options import BackendOptions, DockerOptions, JailOptions, MontyOptions, RestrictedOptions
+from .options import BackendOptions, DockerOptions, JailOptions, MontyOptions, RestrictedOptions, WasmOptions
 from .orchestrator import RLM, AdapterError, Completion, LLMAdapter, Policy, PolicyExceeded, TokenUsage, Trace
 from .protocol import Capabilities, Feature, Grade, REPLProtocol, SupportsCheckpoint, SupportsFork, SupportsReadFile
 from .registry import available, backend_names, open_repl
@@ -69,6 +69,7 @@ __all__ = (
     "UnsendableValue",
     "UnsupportedLimit",
     "Usage",
+    "WasmOptions",
     "available",
     "backend_names",
     "expose",

@@ -147,6 +147,7 @@ class GuestSession:
     def _restore_reserve(self) -> None:
         if not self._reserve:
             try:
+                bytes(4 * _RESERVE)  # what a cell needs comes first: one that frees what the last one left, say
                 self._reserve = bytes(_RESERVE)
             except MemoryError:
                 pass  # still at the limit

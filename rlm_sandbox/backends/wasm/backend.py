@@ -75,7 +75,7 @@ class WasmBackend:
             recovery="replay" if config.recovery else "none",
             context_route="host_calls",
             guest_threads=False,
-            host_memory_worst_mb=None if memory is None else memory + _OVERHEAD_MB,
+            host_memory_worst_mb=None if memory is None else memory * (2 if config.recovery else 1) + _OVERHEAD_MB,
             notes=(
                 "The REPL is CPython 3.14 with most of the standard library. There are no threads, no files and no network.",
                 "For parallel model calls use llm_batch, or await several with asyncio.gather.",

@@ -57,9 +57,10 @@ class Instance:
 
     def start(self, frame: str, peer: LivePeer | ReplayPeer) -> None:
         """Run one request on a cell thread. ``peer.end`` is called with what came of it; it never raises."""
-        run_in_cell_thread(lambda: self._run(frame, peer))
+        run_in_cell_thread(lambda: self.run(frame, peer))
 
-    def _run(self, frame: str, peer: LivePeer | ReplayPeer) -> None:
+    def run(self, frame: str, peer: LivePeer | ReplayPeer) -> None:
+        """Run one request on this thread, which must be a cell thread. See `start`."""
         current.surroundings = self._surroundings
         self._surroundings.peer = peer
         try:

@@ -8,7 +8,6 @@ must be what it said the first time, or the state is not called restored.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -32,7 +31,9 @@ class Entry:
     answers: list[str | int | bytes] = field(default_factory=list)
     suspensions: list[int] = field(default_factory=list)
     ended: int = 0
+    #: The guest's time, without what it slept: a replay does not sleep.
     seconds: float = 0.0
+    slept: float = 0.0
     #: Numbers alone; the rest is counted when the entry is done.
     _numbers: int = 0
     overflowed: bool = False
@@ -64,25 +65,27 @@ class Journal:
     def __init__(self) -> None:
         self._entries: list[Entry] = []
         self._size = 0
-        self.seconds = 0.0
         self.complete = True
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries)
+    def __getitem__(self, position: int) -> Entry:
+        return self._entries[position]
 
-    def since(self, position: int) -> list[Entry]:
-        """The entries from a position on."""
-        return self._entries[position:]
+    def seconds_since(self, position: int) -> float:
+        """What the entries from a position on took the guest."""
+        return sum(entry.seconds for entry in self._entries[position:])
+
+    def drop_since(self, position: int) -> None:
+        """Forget the entries from a position on: what they did is undone."""
+        del self._entries[position:]
 
     def add(self, entry: Entry) -> None:
         """Take a request that has ended. One that is too large makes the journal incomplete, and empties it."""
         if not self.complete:
             return
         self._size += entry.size
-        self.seconds += entry.seconds
         if entry.overflowed or self._size > MAX_BYTES:
             self.complete = False
             self._entries.clear()

@@ -140,10 +140,12 @@ class LivePeer:
     def sleep_until(self, now: Callable[[], int], when: int) -> int:
         """Sleep to a time of the guest's clock; the time then."""
         self._check()
-        while (left := when - now()) > 0:
-            if self._stop.wait(min(left / 1e9, threading.TIMEOUT_MAX)):
+        began = value = now()
+        while value < when:
+            if self._stop.wait(min((when - value) / 1e9, threading.TIMEOUT_MAX)):
                 raise Stopped
-        value = now()
+            value = now()
+        self.entry.slept += (value - began) / 1e9
         self.entry.note_number(value)
         return value
 

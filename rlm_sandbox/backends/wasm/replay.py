@@ -1,38 +1,159 @@
-"""Rebuilding a guest from its journal: the same requests with the same answers, until it has said what it said before."""
+"""Rebuilding a guest from its journal: the same requests with the same answers, until it has said what it said before.
+
+A replay computes what the cells computed, so it takes as long. Where that would be too long, a *follower* does it ahead of
+need: a second instance that runs the journal in the background, while the session waits for its next cell. It is behind by
+what was added since, and a recovery runs only that. Nothing of the guest's state is judged or copied, so there is no value
+that it could get wrong; it costs the cells' time once more, and an instance's memory.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Final
 
+from ...errors import BackendUnavailable
+from .cell_threads import run_in_cell_thread
 from .instance import Instance
 from .journal import Journal
 from .peer import ReplayPeer
 from .pool import InstancePool
 
-__all__ = ("RECOVERY_SECONDS", "replay")
+__all__ = ("RECOVERY_SECONDS", "Replay")
 
-#: What a recovery may take; the cell's own limits do not count here.
+#: What a recovery may take; the cells' own limits do not count here.
 RECOVERY_SECONDS: Final = 1.9
+#: A journal that would take longer than this, or has more entries, is followed.
+_FOLLOW_SECONDS: Final = 0.5
+_FOLLOW_ENTRIES: Final = 200
+#: A machine may be this much slower at a replay than it was the first time.
+_SLACK: Final = 1.5
 
 
-def replay(instances: InstancePool, journal: Journal, memory_mb: int | None) -> Instance | None:
-    """A new instance in the journal's state; None if it cannot be had in time, or came to something else.
+class Replay:
+    """The recovery of one session. Its methods are called by the session's one caller; the follower has a thread."""
 
-    Raises:
-        BackendUnavailable: no instance could be made.
-    """
-    if not journal.complete:
+    def __init__(self, instances: InstancePool, memory_mb: int | None) -> None:
+        self._instances = instances
+        self._memory_mb = memory_mb
+        self.journal = Journal()
+        self._follower: _Follower | None = None
+
+    @property
+    def protected(self) -> bool:
+        """Whether the state of now can be had again in time."""
+        behind = self.journal.seconds_since(self._followed())
+        return self.journal.complete and behind * _SLACK <= RECOVERY_SECONDS
+
+    def follow(self) -> None:
+        """Have the follower catch up, in the background, if there is enough for it to do."""
+        position = self._followed()
+        journal = self.journal
+        if not journal.complete or (
+            journal.seconds_since(position) <= _FOLLOW_SECONDS and len(journal) - position <= _FOLLOW_ENTRIES
+        ):
+            return
+        try:
+            if self._follower is None or self._follower.failed:
+                self._follower = _Follower(self._new_instance(), journal)
+            self._follower.catch_up()
+        except BackendUnavailable:
+            self._follower = None  # without one a recovery takes longer, and says so
+
+    def recover(self) -> Instance | None:
+        """An instance in the journal's state; None if it cannot be had in time, or came to something else.
+
+        Raises:
+            BackendUnavailable: no instance could be made.
+        """
+        follower, self._follower = self._follower, None
+        if not self.journal.complete:
+            return None
+        if follower is None or follower.failed:
+            follower = _Follower(self._new_instance(), self.journal)
+        follower.catch_up()
+        instance = follower.finish(RECOVERY_SECONDS)
+        if instance is not None:
+            self.follow()
+        return instance
+
+    def forget(self) -> None:
+        """Begin a new journal."""
+        self.close()
+        self.journal = Journal()
+
+    def close(self) -> None:
+        """End the follower."""
+        follower, self._follower = self._follower, None
+        if follower is not None:
+            follower.stop()
+
+    def _followed(self) -> int:
+        """How many entries need not be run any more at a recovery."""
+        return 0 if self._follower is None or self._follower.failed else self._follower.position
+
+    def _new_instance(self) -> Instance:
+        instance = self._instances.take()
+        instance.limit_memory(self._memory_mb)
+        return instance
+
+
+class _Follower:
+    """An instance that runs a journal. ``position`` is how many entries it has run."""
+
+    def __init__(self, instance: Instance, journal: Journal) -> None:
+        self.position = 0
+        self.failed = False
+        self._instance = instance
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._running = False
+        self._idle = threading.Event()
+        self._idle.set()
+        self._peer: ReplayPeer | None = None
+
+    def catch_up(self) -> None:
+        """Run what is new, on a thread of its own, if that is not under way."""
+        with self._lock:
+            if self._running or self.failed or self.position >= len(self._journal):
+                return
+            self._running = True
+            self._idle.clear()
+        run_in_cell_thread(self._run)
+
+    def finish(self, seconds: float) -> Instance | None:
+        """The instance when it has run everything; None, and its end, if that takes too long or it failed."""
+        until = time.monotonic() + seconds
+        while not self.failed:
+            if not self._idle.wait(max(0.0, until - time.monotonic())):
+                break
+            if self.position == len(self._journal):
+                return None if self.failed else self._instance
+            self.catch_up()  # more was added while it ran
+        self.stop()
         return None
-    instance = instances.take()
-    instance.limit_memory(memory_mb)
-    until = time.monotonic() + RECOVERY_SECONDS
-    for entry in journal:
-        peer = ReplayPeer(entry)
-        instance.start(entry.request, peer)
-        if not peer.done.wait(max(0.0, until - time.monotonic())):
+
+    def stop(self) -> None:
+        """End it wherever it is."""
+        self.failed = True
+        peer = self._peer
+        if peer is not None:
             peer.must_stop = True
-            return None
-        if not peer.matched:
-            return None
-    return instance
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if self.failed or self.position >= len(self._journal):
+                    self._running = False
+                    self._idle.set()
+                    return
+            entry = self._journal[self.position]
+            self._peer = peer = ReplayPeer(entry)
+            if self.failed:  # stopped just now
+                peer.must_stop = True
+            self._instance.run(entry.request, peer)
+            self._peer = None
+            if peer.matched:
+                self.position += 1
+            else:
+                self.failed = True

@@ -22,11 +22,11 @@ from ...protocol import Capabilities
 from ...registry import SessionConfig
 from ...results import ExecResult, LimitHit, State
 from ...wire.codec import Attachment, Encoder
-from ...wire.messages import BindText, Message
-from .journal import Entry, Journal
+from ...wire.messages import BindText, Exec, Message
+from .journal import Entry
 from .peer import LivePeer
 from .pool import InstancePool
-from .replay import replay
+from .replay import Replay
 from .turn import WasmTurn
 
 __all__ = ("WasmSession",)
@@ -34,6 +34,8 @@ __all__ = ("WasmSession",)
 log: Final = logging.getLogger("rlm_sandbox.session")
 
 _NAME: Final = re.compile(r"\w+")
+#: What a guest whose memory ran out must still be able to do, or it is given up.
+_PROBE: Final = "bytes(4 << 20) and None"
 #: How slow a machine may be in sending a text to a guest.
 _CHARS_PER_SECOND: Final = 10_000_000
 
@@ -50,7 +52,8 @@ class WasmSession(Session):
         self._instances = instances
         self._instance = instances.take()
         self._instance.limit_memory(config.limits.memory_mb)
-        self._journal = Journal()
+        self._replay = Replay(instances, config.limits.memory_mb)
+        self._mark = 0
         self._contexts: dict[int, BoundContext] = {}
         #: Whole texts that are bound and not yet in the guest.
         self._absent_texts: dict[str, Context] = {}
@@ -74,8 +77,9 @@ class WasmSession(Session):
         end = turn.run(message, attachments)
         self._peer = None
         if end.kind == "done" and self._config.recovery:
-            peer.entry.ended, peer.entry.seconds = hash(peer.ended), end.turn_seconds
-            self._journal.add(peer.entry)
+            entry = peer.entry
+            entry.ended, entry.seconds = hash(peer.ended), max(0.0, end.turn_seconds - entry.slept)
+            self._replay.journal.add(entry)
         return end
 
     def _abandon_turn(self) -> None:
@@ -88,18 +92,26 @@ class WasmSession(Session):
             state, lost, _ = self._recover(TurnEnd("died", death=Death(why="its last turn was abandoned")))
             self._pending_state, self._pending_lost = worse(self._pending_state, state), (*self._pending_lost, *lost)
         self._check_open()
-        self._protected = self._config.recovery and self._journal.complete
+        self._protected = self._config.recovery and self._replay.protected
 
     def _turn_ended(self) -> None:
         """Nothing of the guest runs between turns."""
 
     def _cell_ended(self, cpu_seconds: float | None) -> None:
-        """Its entry is in the journal."""
+        if self._config.recovery:
+            self._replay.follow()
 
     def _changed(self) -> None:
         """Its entry is in the journal."""
 
     def _check_memory(self, end: TurnEnd) -> float | None:
+        """A heap that a cell left full of what it still holds would fail every later one, one that frees it included."""
+        if end.failure is not None and end.failure[0] == "MemoryError" and self._protected:
+            position = len(self._replay.journal) - 1
+            after = self._turn(self._limits, Capture(0), Exec(0, _PROBE, [], 0), [])
+            if after.kind != "done" or after.failure is not None:
+                self._replay.journal.drop_since(position)
+                end.kind = "killed"
         return None
 
     def _wake_up(self) -> None:
@@ -114,7 +126,7 @@ class WasmSession(Session):
             try:
                 self._bring_texts({*_NAME.findall(code), *read})
             except (GuestError, LimitExceeded, GuestCrashed, ProtocolViolation) as exc:
-                return _no_text(exc)
+                return _no_text(exc, limits)
         return super()._exec(code, read, limits, on_output)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -162,7 +174,7 @@ class WasmSession(Session):
         self._handles.drop_since(self._mark)
         lost = tuple(self._known_names)
         try:
-            instance = replay(self._instances, self._journal, self._limits.memory_mb) if self._config.recovery else None
+            instance = self._replay.recover() if self._config.recovery else None
             if instance is not None:
                 self._instance, self._out_of_step = instance, False
                 return "restored", (), end.death
@@ -185,7 +197,7 @@ class WasmSession(Session):
         self._instance = self._instances.take()
         self._instance.limit_memory(self._limits.memory_mb)
         self._out_of_step = False
-        self._journal = Journal()
+        self._replay.forget()
         self._absent_texts.clear()
         self._close_contexts()
         self._set_up_again()
@@ -197,16 +209,21 @@ class WasmSession(Session):
 
     def _free_guest(self) -> None:
         self._close_contexts()
+        self._replay.forget()
         del self._instance
-        self._journal = Journal()
 
 
-def _no_text(exc: GuestError | LimitExceeded | GuestCrashed | ProtocolViolation) -> ExecResult:
+def _no_text(exc: GuestError | LimitExceeded | GuestCrashed | ProtocolViolation, limits: Limits) -> ExecResult:
     """The result of a cell that did not run, because the whole text it names cannot be had in its guest."""
     text = f"the whole text of a context could not be brought into the guest: {exc}; read it in parts, by its methods"
     state: State = "kept" if isinstance(exc, GuestError) else "restored"
     if isinstance(exc, GuestError) and exc.type_name == "MemoryError":
-        return ExecResult(outcome="limit", error=f"MemoryError: {text}", limit=LimitHit("memory_mb", 0, None, "guest"), state=state)
+        return ExecResult(
+            outcome="limit",
+            error=f"MemoryError: {text}",
+            limit=LimitHit("memory_mb", limits.memory_mb or 0, None, "guest"),
+            state=state,
+        )
     if isinstance(exc, LimitExceeded):
         hit = LimitHit(exc.kind, exc.limit, exc.observed, "host")
         return ExecResult(outcome="limit", error=f"LimitExceeded: {text}", limit=hit, state=state)
