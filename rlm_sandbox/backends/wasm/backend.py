@@ -35,7 +35,10 @@ def _pool(config: SessionConfig) -> InstancePool:
     cache = _cache(config.options)
     loaded = shared_engine(cache)
     with _lock:
-        return _pools.setdefault((os.getpid(), cache), InstancePool(loaded))
+        key = (os.getpid(), cache)
+        if key not in _pools:
+            _pools[key] = InstancePool(loaded)
+        return _pools[key]
 
 
 class WasmBackend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -14,6 +15,8 @@ __all__ = ("STACK_BYTES", "run_in_cell_thread")
 #: Must exceed the engine's ``max_wasm_stack`` with room for the host functions a guest calls.
 STACK_BYTES: Final = 64 << 20
 _IDLE_SECONDS: Final = 5.0
+
+log: Final = logging.getLogger("rlm_sandbox.wasm")
 
 _lock: Final = threading.Lock()
 _idle: Final[list[_CellThread]] = []
@@ -33,7 +36,10 @@ class _CellThread:
                         _idle.remove(self)
                         return
                 continue  # it was taken just now: its job is coming
-            job()
+            try:
+                job()
+            except Exception:  # the thread serves others
+                log.exception("a job of a cell thread raised")
             del job
             with _lock:
                 _idle.append(self)

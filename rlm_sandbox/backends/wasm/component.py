@@ -14,6 +14,8 @@ from .cache import cache_directory, exclusive, read_private
 
 __all__ = ("GuestComponent", "find_component")
 
+#: Where a wheel carries it.
+_PACKAGED: Final = Path(__file__).with_name("guest")
 _REINSTALL: Final = "reinstall rlm-sandbox, or run: pip install 'componentize-py==0.25.1'"
 
 
@@ -33,9 +35,8 @@ def find_component(cache: Path | None) -> GuestComponent:
         BackendUnavailable: it is damaged; or missing, and the tool that builds it is not installed.
     """
     sources = build.sources_digest()
-    packaged = Path(__file__).with_name("guest")
-    if (packaged / build.COMPONENT_NAME).exists():
-        found = _checked(packaged, sources, packaged=True)
+    if (_PACKAGED / build.COMPONENT_NAME).exists():
+        found = _checked(_PACKAGED, sources, packaged=True)
         if found is not None:
             return found
     directory = cache_directory(cache) / f"component-{sources[:24]}"

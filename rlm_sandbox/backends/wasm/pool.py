@@ -8,6 +8,7 @@ numbers are drawn when it is configured.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from typing import Final
 
@@ -22,6 +23,8 @@ from .peer import LivePeer, ReplayPeer
 __all__ = ("InstancePool",)
 
 _READY: Final = 2
+#: After one was taken: its taker needs the processor more.
+_PAUSE_SECONDS: Final = 0.02
 #: Touches what every cell touches.
 _FIRST_CELL: Final = "def rlm_first():\n    return [1]\nrlm_first()\ndel rlm_first"
 _SECONDS: Final = 30.0
@@ -33,9 +36,10 @@ class InstancePool:
     def __init__(self, loaded: LoadedEngine) -> None:
         self._loaded = loaded
         self._ready: deque[Instance] = deque()
-        self._filling = threading.Lock()
+        self._taken = threading.Event()
         self._recording = threading.Lock()
         self._first: Entry | None = None
+        threading.Thread(target=self._fill, name="rlm-sandbox-wasm-pool", daemon=True).start()
 
     def take(self) -> Instance:
         """An instance: a ready one, else a new one.
@@ -47,22 +51,19 @@ class InstancePool:
             instance = self._ready.popleft()
         except IndexError:
             instance = self._make()
-        self.fill()
+        self._taken.set()
         return instance
 
-    def fill(self) -> None:
-        """Make instances in the background until enough are ready."""
-        if len(self._ready) < _READY and self._filling.acquire(blocking=False):
-            threading.Thread(target=self._fill, name="rlm-sandbox-wasm-pool", daemon=True).start()
-
     def _fill(self) -> None:
-        try:
-            while len(self._ready) < _READY:
-                self._ready.append(self._make())
-        except BackendUnavailable:
-            return  # whoever needs one is told
-        finally:
-            self._filling.release()
+        while True:
+            self._taken.wait()
+            time.sleep(_PAUSE_SECONDS)
+            self._taken.clear()
+            try:
+                while len(self._ready) < _READY:
+                    self._ready.append(self._make())
+            except BackendUnavailable:
+                continue  # whoever needs one is told
 
     def _make(self) -> Instance:
         instance = Instance(self._loaded)

@@ -42,8 +42,7 @@ class Replay:
     @property
     def protected(self) -> bool:
         """Whether the state of now can be had again in time."""
-        behind = self.journal.seconds_since(self._followed())
-        return self.journal.complete and behind * _SLACK <= RECOVERY_SECONDS
+        return self.journal.complete and self.journal.seconds_since(self._followed()) * _SLACK <= RECOVERY_SECONDS
 
     def follow(self) -> None:
         """Have the follower catch up, in the background, if there is enough for it to do."""
@@ -76,6 +75,11 @@ class Replay:
         if instance is not None:
             self.follow()
         return instance
+
+    def drop_since(self, position: int) -> None:
+        """Take back the entries from a position on."""
+        self.close()  # it may have run some of them already
+        self.journal.drop_since(position)
 
     def forget(self) -> None:
         """Begin a new journal."""
@@ -143,11 +147,11 @@ class _Follower:
     def _run(self) -> None:
         while True:
             with self._lock:
-                if self.failed or self.position >= len(self._journal):
+                entry = None if self.failed else self._journal.entry(self.position)
+                if entry is None:
                     self._running = False
                     self._idle.set()
                     return
-            entry = self._journal[self.position]
             self._peer = peer = ReplayPeer(entry)
             if self.failed:  # stopped just now
                 peer.must_stop = True

@@ -110,7 +110,7 @@ class WasmSession(Session):
             position = len(self._replay.journal) - 1
             after = self._turn(self._limits, Capture(0), Exec(0, _PROBE, [], 0), [])
             if after.kind != "done" or after.failure is not None:
-                self._replay.journal.drop_since(position)
+                self._replay.drop_since(position)
                 end.kind = "killed"
         return None
 

@@ -1,0 +1,365 @@
+"""The wasm backend against its own ways to fail: deep stacks, aborting interpreters, replays, full heaps, odd texts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from rlm_sandbox import Context, Limits, REPLProtocol, UnsupportedLimit, open_repl
+from rlm_sandbox.registry import load_backend
+
+from ..conftest import require_usable
+
+
+@pytest.fixture(scope="module", autouse=True)
+def wasm() -> None:
+    require_usable("wasm", load_backend("wasm").probe())
+
+
+@pytest.fixture
+def repl() -> Iterator[REPLProtocol]:
+    with open_repl("wasm", limits=Limits(time_seconds=20)) as opened:
+        yield opened
+
+
+KILL = "import os\nos._exit(1)"
+
+
+# ---- the host survives
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import json\njson.loads('[' * 200000)",
+        "import json\njson.loads('{\"a\":' * 200000)",
+        "eval('(' * 5000 + ')' * 5000)",
+        "import ast\nast.parse('-' * 200000 + '1')",
+        "import sys\nsys.setrecursionlimit(10**9)\ndef f():\n    return f()\nf()",
+        "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n    def __repr__(self):\n        return repr(self)\nrepr(A())",
+        "t = []\nfor _ in range(100_000):\n    t = [t]\nrepr(t)",
+        "t = ()\nfor _ in range(1_000_000):\n    t = (t,)\nhash(t)",
+        "t = []\nfor _ in range(1_000_000):\n    t = [t]\ndel t",
+        "import re\nre.compile('(' * 5000 + ')' * 5000)",
+        "import pickle\npickle.dumps(__import__('functools').reduce(lambda a, _: [a], range(100_000), []))",
+        "compile('x' + '.a' * 100_000, 'c', 'eval')",
+    ],
+    ids=["list", "dict", "eval", "minus", "recursion", "repr", "deep list", "deep hash", "deep del", "regex", "pickle", "attributes"],
+)
+def test_a_deep_stack_costs_at_most_the_cell(repl: REPLProtocol, code: str) -> None:
+    assert repl.exec("kept = 1").ok
+    result = repl.exec(code)
+    assert result.outcome in ("ok", "error", "limit", "crashed")
+    assert result.state in ("kept", "restored")
+    assert repl.get("kept") == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import os\nos.abort()", "import faulthandler\nfaulthandler._sigsegv()", "import _socket\n_socket.socket()", KILL],
+    ids=["abort", "segv", "raw socket", "exit"],
+)
+def test_what_ends_the_interpreter_costs_only_the_cell(repl: REPLProtocol, code: str) -> None:
+    assert repl.exec("kept = [1]").ok
+    result = repl.exec(f"print('before')\n{code}")
+    assert result.outcome in ("crashed", "error")
+    assert result.stdout.startswith("before")
+    assert repl.get("kept") == [1]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import wit_world\nwit_world.suspend('x' * (140 << 20))",
+        "import wit_world\nwit_world.suspend('')",
+        "import wit_world\nwit_world.suspend('3\\n[1]')",
+        "import wit_world\nwit_world.suspend('40\\n[\"done\",null,null,null,false,null]')",
+        "import wit_world\nwit_world.text_piece(2**64 - 1)",
+        "import wit_world\nwit_world.write_out(77, True, 'x' * 1000)",
+    ],
+    ids=["too much", "empty", "no message", "forged end", "text", "descriptor"],
+)
+def test_the_raw_imports_give_nothing(repl: REPLProtocol, code: str) -> None:
+    assert repl.exec("kept = [1]").ok
+    result = repl.exec(code, limits=Limits(time_seconds=5))
+    assert result.outcome in ("ok", "error", "crashed", "violation", "limit")
+    assert repl.get("kept") == [1]
+
+
+def test_the_callers_small_stack_does_not_matter() -> None:
+    outcomes: list[str] = []
+
+    def use() -> None:
+        with open_repl("wasm") as session:
+            outcomes.append(session.exec("import json\njson.loads('[' * 200000)").outcome)
+
+    before = threading.stack_size(256 * 1024)
+    try:
+        thread = threading.Thread(target=use)
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    assert outcomes == ["error"]
+
+
+# ---- recovery by replay
+
+
+def test_a_replay_repeats_no_host_call_and_no_output(repl: REPLProtocol) -> None:
+    calls: list[int] = []
+
+    def f(n: int) -> int:
+        calls.append(n)
+        return n * 10 + len(calls)
+
+    chunks: list[Any] = []
+    repl.bind("f", f)
+    assert repl.exec("a = f(1)\nb = [f(n) for n in (2, 3)]\nprint('said once')").ok
+    assert repl.exec("try:\n    c = f(4)\n    1 / 0\nexcept ZeroDivisionError:\n    pass\nundefined_name").outcome == "error"
+    before = {name: repl.get(name) for name in "abc"}
+    result = repl.exec(KILL, on_output=chunks.append)
+    assert (result.outcome, result.state, result.lost_names) == ("crashed", "restored", ())
+    assert (result.stdout, chunks) == ("", [])
+    assert {name: repl.get(name) for name in "abc"} == before
+    assert calls == [1, 2, 3, 4]
+    assert repl.exec("f(5)").value == "55"
+
+
+def test_times_random_numbers_and_addresses_are_the_same_after_a_replay(repl: REPLProtocol) -> None:
+    code = (
+        "import os, random, secrets, time, uuid\n"
+        "seen = [random.random(), time.time(), time.monotonic(), time.perf_counter(), str(uuid.uuid4()), secrets.token_hex(), os.urandom(4)]\n"
+        "class K:\n    pass\nobjects = {K() for _ in range(50)}\nseen.append([id(item) for item in objects])"
+    )
+    assert repl.exec(code).ok
+    seen = repl.get("seen")
+    assert repl.exec(KILL).state == "restored"
+    assert repl.get("seen") == seen
+    assert repl.exec("[id(item) for item in objects] == seen[-1]").value == "True"
+
+
+def test_random_numbers_differ_between_sessions() -> None:
+    code = "import random, uuid\nseen = [random.random(), uuid.uuid4().hex]"
+    seen = []
+    for _ in range(3):
+        with open_repl("wasm") as session:
+            assert session.exec(code).ok
+            seen.append(tuple(session.get("seen")))
+    assert len(set(seen)) == 3
+
+
+def test_what_no_data_snapshot_could_hold_comes_back(repl: REPLProtocol) -> None:
+    code = (
+        "def gen():\n    n = 0\n    while True:\n        n += 1\n        yield n\n"
+        "g = gen()\nnext(g)\nshared = []\na = {'x': shared}\nb = [shared]\n"
+        "import random\nrandom.seed(7)\nfirst = random.random()\nimport io\nfile = io.StringIO('one\\ntwo\\n')\nfile.readline()\n"
+        "add = lambda n: shared.append(n) or len(shared)"
+    )
+    assert repl.exec(code).ok
+    assert repl.exec(KILL).state == "restored"
+    check = "add(1)\n[next(g), a['x'] is b[0], b, file.readline(), random.random()]"
+    value = repl.exec(check).value
+    import random
+
+    rng = random.Random(7)  # noqa: S311
+    rng.random()
+    assert value == repr([2, True, [[1]], "two\n", rng.random()])
+
+
+def test_a_slept_hour_is_not_slept_again(repl: REPLProtocol) -> None:
+    assert repl.exec("import time\nstarted = time.monotonic()\ntime.sleep(2.5)\nslept = time.monotonic() - started").ok
+    slept = repl.get("slept")
+    started = time.monotonic()
+    assert repl.exec(KILL).state == "restored"
+    assert time.monotonic() - started < 2.0
+    assert repl.get("slept") == slept
+
+
+def test_a_journal_too_long_to_run_again_in_time_is_followed() -> None:
+    heavy = "n = 0\nfor i in range(3_000_000):\n    n += i % 7"
+    with open_repl("wasm", limits=Limits(time_seconds=60)) as session:
+        for _ in range(12):
+            assert session.exec(heavy).ok
+        wait_for(lambda: session.exec("0").protected)
+        started = time.monotonic()
+        assert session.exec(KILL).state == "restored"
+        assert time.monotonic() - started < 2.5
+        assert session.get("n") == 8999994
+        # The next follower has it all to do again; meanwhile the session says what it cannot promise.
+        wait_for(lambda: session.exec("0").protected)
+        assert session.exec(KILL).state == "restored"
+
+
+def wait_for(condition: Any, seconds: float = 40.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def test_what_cannot_be_rebuilt_in_time_is_lost_by_name() -> None:
+    with open_repl("wasm", limits=Limits(time_seconds=60), setup="base = 5") as session:
+        session.bind("f", lambda: "host")
+        assert session.exec("n = 0\nfor i in range(60_000_000):\n    n += i % 7").ok
+        result = session.exec(KILL)
+        assert (result.outcome, result.state, result.protected) == ("crashed", "lost", False)
+        assert {"n", "i"} <= set(result.lost_names)
+        assert session.exec("[base, f()]").value == "[5, 'host']"
+
+
+def test_a_journal_that_grows_too_large_is_given_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlm_sandbox.backends.wasm.journal.MAX_BYTES", 100_000)
+    with open_repl("wasm") as session:
+        session.bind("f", lambda: "x" * 200_000)
+        assert session.exec("a = 1").protected
+        assert session.exec("b = len(f())").ok
+        assert not session.exec("c = 2").protected
+        result = session.exec(KILL)
+        assert (result.state, result.lost_names) == ("lost", ("a", "b", "c"))
+        assert session.exec("d = 1").protected
+
+
+def test_reading_the_clock_for_ever_does_not_fill_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlm_sandbox.backends.wasm.journal.MAX_BYTES", 100_000)
+    with open_repl("wasm", limits=Limits(time_seconds=20)) as session:
+        assert session.exec("import time\nfor _ in range(10_000):\n    time.time()").ok
+        assert not session.exec("x = 1").protected
+
+
+def test_a_heap_left_full_is_given_up() -> None:
+    with open_repl("wasm", limits=Limits(memory_mb=96, time_seconds=20)) as session:
+        assert session.exec("kept = 'yes'").ok
+        result = session.exec("hoard = []\nwhile True:\n    hoard.append('x' * 500 + str(len(hoard)))")
+        assert (result.outcome, result.state) == ("limit", "restored")
+        assert result.limit is not None
+        assert result.limit.kind == "memory_mb"
+        assert session.exec("more = list(range(100_000))\nlen(more)").value == "100000"
+        assert session.get("kept") == "yes"
+
+
+# ---- contexts
+
+
+@pytest.mark.parametrize("text", ["", "a", "é" * 10, "日本" * 10, "\U0001f600x" * 10, "a\x00b", "a\ud800b\udc00\udfff", "x" * 3_000_000])
+def test_the_whole_text_comes_on_first_use(repl: REPLProtocol, text: str) -> None:
+    repl.bind("P", Context.from_text(text).whole)
+    assert repl.names() == {}
+    assert repl.exec("n = len(P)").ok
+    assert repl.get("n") == len(text)
+    assert repl.get("P") == text
+    assert repl.exec(KILL).state == "restored"
+    assert repl.get("P") == text
+
+
+def test_a_text_too_large_for_the_guest_is_the_cells_limit() -> None:
+    with open_repl("wasm", limits=Limits(memory_mb=64)) as session:
+        context = Context.from_text("x" * 80_000_000)
+        session.bind("P", context.whole)
+        session.bind("ctx", context)
+        result = session.exec("len(P)")
+        assert result.outcome == "limit"
+        assert result.limit is not None
+        assert (result.limit.kind, result.limit.limit) == ("memory_mb", 64)
+        assert session.exec("ctx.len_chars()").value == "80000000"
+
+
+def test_a_context_that_a_host_function_returns_is_searched_apart(repl: REPLProtocol) -> None:
+    repl.bind("find_text", lambda: Context.from_text("one needle here"))
+    assert repl.exec("find_text().find('n..dle', regex=True)").value == "[(4, 10, 'needle')]"
+
+
+# ---- one thread
+
+
+def test_asyncio_works_without_threads_and_sockets(repl: REPLProtocol) -> None:
+    async def ask(n: int) -> int:
+        return n * 2
+
+    repl.bind("ask", ask)
+    code = (
+        "import asyncio\n"
+        "async def main():\n    await asyncio.sleep(0.01)\n    return await asyncio.gather(*[ask(n) for n in range(5)])\n"
+        "two = await main()\nthree = await asyncio.to_thread(lambda: 3)\n"
+        "async with asyncio.timeout(5):\n    four = await ask(2)\n"
+        "async with asyncio.TaskGroup() as group:\n    five = group.create_task(ask(5))\nfive = five.result()"
+    )
+    assert repl.exec(code).ok
+    assert repl.exec("one = asyncio.run(main())").ok
+    assert [repl.get(name) for name in ("one", "two", "three", "four", "five")] == [[0, 2, 4, 6, 8], [0, 2, 4, 6, 8], 3, 4, 10]
+
+
+def test_a_timeout_of_the_guest_ends_its_wait_for_the_host(repl: REPLProtocol) -> None:
+    release = threading.Event()
+
+    async def never() -> None:
+        import asyncio
+
+        while not release.is_set():
+            await asyncio.sleep(0.05)
+
+    repl.bind("never", never)
+    try:
+        result = repl.exec("import asyncio\nawait asyncio.wait_for(never(), 0.3)")
+        assert result.error is not None
+        assert result.error.startswith("TimeoutError")
+    finally:
+        release.set()
+
+
+def test_waiting_for_nothing_is_an_error(repl: REPLProtocol) -> None:
+    result = repl.exec("import asyncio\nawait asyncio.Future()")
+    assert result.error is not None
+    assert "wait for ever" in result.error
+
+
+def test_wall_time_over_in_a_host_call_keeps_the_state() -> None:
+    release = threading.Event()
+    with open_repl("wasm", limits=Limits(wall_seconds=0.5)) as session:
+        session.bind("slow", release.wait)
+        result = session.exec("before = 1\nslow()")
+        release.set()
+        assert (result.outcome, result.state) == ("limit", "kept")
+        assert session.get("before") == 1
+
+
+def test_sessions_in_threads_run_in_parallel_with_the_host() -> None:
+    """The interpreter lock is free while a guest computes: the host's thread goes on counting."""
+    counted = 0
+    with open_repl("wasm") as session:
+        thread = threading.Thread(target=lambda: session.exec("n = 0\nfor i in range(10_000_000):\n    n += 1"))
+        thread.start()
+        while thread.is_alive():
+            counted += 1
+    assert counted > 10_000
+
+
+def test_what_a_guest_lacks_raises_where_it_is_used(repl: REPLProtocol) -> None:
+    for code, error in {
+        "import socket\nsocket.socket()": "PermissionError: this sandbox has no network",
+        "import urllib.request\nurllib.request.urlopen('http://localhost')": "URLError",
+        "open('/etc/passwd')": "FileNotFoundError",
+        "open('/tmp/x', 'w')": "FileNotFoundError",
+        "import subprocess\nsubprocess.run(['ls'])": "OSError",
+        "import threading\nthreading.Thread(target=print).start()": "RuntimeError: can't start new thread",
+        "import ctypes": "ModuleNotFoundError",
+        "input()": "EOFError",
+        "import numpy": "ModuleNotFoundError",
+    }.items():
+        result = repl.exec(code)
+        assert result.outcome == "error", code
+        assert error in (result.error or ""), code
+    assert repl.exec("import sys\nsys.stdin.read()").value == "''"
+    assert repl.exec("sys.__stdout__.write('out\\n')\nimport os\nwritten = os.write(2, b'err\\n')").stdout == "out\n"
+    assert repl.exec("import os\ndict(os.environ)").value == "{}"
+
+
+def test_a_memory_limit_below_the_interpreters_own_is_refused() -> None:
+    with pytest.raises(UnsupportedLimit, match="memory_mb=48 or more"):
+        open_repl("wasm", limits=Limits(memory_mb=16))
+    with open_repl("wasm", limits=Limits(memory_mb=48)) as session:
+        assert session.exec("len([0] * 100_000)").ok
