@@ -7,18 +7,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wasmtime
+import wasmtime.component
 
-wasmtime = pytest.importorskip("wasmtime", reason="the engine is not installed")
-
-from rlm_sandbox import BackendUnavailable, WasmOptions  # noqa: E402
-from rlm_sandbox.backends.wasm import build, cache, component  # noqa: E402
-from rlm_sandbox.backends.wasm.cache import cache_directory, compiled_file  # noqa: E402
-from rlm_sandbox.backends.wasm.component import GuestComponent, find_component  # noqa: E402
+from rlm_sandbox import BackendUnavailable, WasmOptions
+from rlm_sandbox.backends.wasm import build, cache, component
+from rlm_sandbox.backends.wasm.cache import cache_directory, compiled_file
+from rlm_sandbox.backends.wasm.component import GuestComponent, find_component
 
 #: The smallest component there is.
 TINY = bytes(wasmtime.wat2wasm("(component)"))
@@ -34,7 +34,7 @@ def engine() -> Any:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with each compilation."""
     made: list[str] = []
-    real = cache.Component
+    real = wasmtime.component.Component
 
     class Counting(real):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any) -> None:
@@ -147,7 +147,7 @@ def test_a_full_cache_is_one_clear_error(engine: Any, tmp_path: Path, monkeypatc
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.tempfile, "mkstemp", full)
+    monkeypatch.setattr(tempfile, "mkstemp", full)
     with pytest.raises(BackendUnavailable, match=r"No space left on device.*RLM_SANDBOX_CACHE"):
         compiled_file(engine, SOURCE, "c", tmp_path)
 
@@ -178,7 +178,7 @@ def test_options_take_a_path() -> None:
 
 
 @pytest.fixture
-def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A wheel's component that fits its record."""
     directory = tmp_path / "packaged"
     directory.mkdir()
@@ -219,8 +219,8 @@ def test_a_component_older_than_its_sources_is_built_anew(packaged: Path, tmp_pa
         (directory / build.COMPONENT_NAME).write_bytes(TINY)
         (directory / build.RECORD_NAME).write_text(json.dumps({"digest": SOURCE.digest, "sources": build.sources_digest()}))
 
-    monkeypatch.setattr(component.build, "can_build", lambda: True)
-    monkeypatch.setattr(component.build, "build", fake_build)
+    monkeypatch.setattr(build, "can_build", lambda: True)
+    monkeypatch.setattr(build, "build", fake_build)
     assert find_component(tmp_path).digest == SOURCE.digest
     assert find_component(tmp_path).digest == SOURCE.digest
     assert len(built) == 1
@@ -228,7 +228,7 @@ def test_a_component_older_than_its_sources_is_built_anew(packaged: Path, tmp_pa
 
 def test_a_missing_component_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(component, "_PACKAGED", tmp_path / "nothing")
-    monkeypatch.setattr(component.build, "can_build", lambda: False)
+    monkeypatch.setattr(build, "can_build", lambda: False)
     with pytest.raises(BackendUnavailable, match=r"missing.*pip install 'componentize-py"):
         find_component(tmp_path)
 

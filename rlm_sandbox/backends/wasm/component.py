@@ -10,13 +10,14 @@ from typing import Final
 
 from ...errors import BackendUnavailable
 from . import build
-from .cache import cache_directory, exclusive, read_private
+from .cache import CACHE_VARIABLE, cache_directory, exclusive, read_private
+from .progress import progress
 
 __all__ = ("GuestComponent", "find_component")
 
 #: Where a wheel carries it.
 _PACKAGED: Final = Path(__file__).with_name("guest")
-_REINSTALL: Final = "reinstall rlm-sandbox, or run: pip install 'componentize-py==0.25.1'"
+_REINSTALL: Final = f"reinstall rlm-sandbox, or run: pip install '{build.TOOL}'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +46,23 @@ def find_component(cache: Path | None) -> GuestComponent:
         if found is None:
             if not build.can_build():
                 raise BackendUnavailable("wasm", "the guest component is missing from this installation", _REINSTALL)
-            build.build(directory)
+            _build(directory)
             found = _checked(directory, sources, packaged=False)
     if found is None:
         raise BackendUnavailable("wasm", "the guest component that was just built cannot be read", _REINSTALL)
     return found
+
+
+def _build(directory: Path) -> None:
+    try:
+        with progress("building the wasm guest, once"):
+            build.build(directory)
+    except build.BuildFailed as exc:
+        raise BackendUnavailable("wasm", f"the guest component could not be built ({exc})", _REINSTALL) from None
+    except OSError as exc:
+        raise BackendUnavailable(
+            "wasm", f"{str(directory)!r} cannot be written ({exc.strerror})", f"set {CACHE_VARIABLE} to a writable directory"
+        ) from None
 
 
 def _checked(directory: Path, sources: str, *, packaged: bool) -> GuestComponent | None:

@@ -61,9 +61,8 @@ class LivePeer:
         self.ended: str | None = None
         self.failed: str | None = None
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
         self._unread = 0
-        self._room = threading.Condition()
+        self._changed = threading.Condition()
 
     # ---- on the turn's thread
 
@@ -74,10 +73,9 @@ class LivePeer:
     def stop(self) -> None:
         """End the guest wherever it is: at the next tick, in a suspension, asleep, or waiting to print."""
         self.must_stop = True
-        self._stop.set()
         self._answers.put(None)
-        with self._room:
-            self._room.notify()
+        with self._changed:
+            self._changed.notify()
 
     def take_output(self) -> list[tuple[int, bytes]]:
         """What was printed since the last call."""
@@ -85,9 +83,9 @@ class LivePeer:
         while self.output:
             taken.append(self.output.popleft())
         if taken:
-            with self._room:
+            with self._changed:
                 self._unread -= sum(len(data) for _, data in taken)
-                self._room.notify()
+                self._changed.notify()
         return taken
 
     # ---- on the guest's thread
@@ -111,14 +109,14 @@ class LivePeer:
     def write_out(self, descriptor: int, raw: bool, text: str) -> None:
         self._check()
         data = text.encode("latin-1", "replace") if raw else text.encode("utf-8")
-        with self._room:
+        with self._changed:
             self._unread += len(data)
         self.output.append((descriptor, data))
         self.signals.put(None)
         if self._unread > _MAX_UNREAD:
-            with self._room:
+            with self._changed:
                 while self._unread > _MAX_UNREAD and not self.must_stop:
-                    self._room.wait()
+                    self._changed.wait()
             self._check()
 
     def text_piece(self, start: int) -> str:
@@ -142,8 +140,10 @@ class LivePeer:
         self._check()
         began = value = now()
         while value < when:
-            if self._stop.wait(min((when - value) / 1e9, threading.TIMEOUT_MAX)):
-                raise Stopped
+            with self._changed:
+                if self.must_stop:
+                    raise Stopped
+                self._changed.wait(min((when - value) / 1e9, threading.TIMEOUT_MAX))
             value = now()
         self.entry.slept += (value - began) / 1e9
         self.entry.note_number(value)

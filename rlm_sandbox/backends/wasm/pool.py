@@ -1,19 +1,20 @@
-"""Ready instances: a session takes one that was made, and has run its first request, while nobody waited.
+"""Ready instances: a session takes one that was made, and has run its first requests, while nobody waited.
 
-The first request of an instance is the same for all, and whatever it is told of times and random numbers is what the
+The first requests of an instance are the same for all, and whatever it is told of times and random numbers is what the
 first instance of this process was told: so all instances are alike, which a replay relies on. A session's own random
 numbers are drawn when it is configured.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections import deque
 from typing import Final
 
 from ...errors import BackendUnavailable
-from ...wire.messages import Exec, dump_message
+from ...wire.messages import Configure, Exec, Message, dump_message
 from ...wire.strings import dump_string
 from .engine import LoadedEngine
 from .instance import Instance
@@ -25,8 +26,11 @@ __all__ = ("InstancePool",)
 _READY: Final = 2
 #: After one was taken: its taker needs the processor more.
 _PAUSE_SECONDS: Final = 0.02
-#: Touches what every cell touches.
-_FIRST_CELL: Final = "def rlm_first():\n    return [1]\nrlm_first()\ndel rlm_first"
+#: They touch what the start of a session and every cell touch.
+_FIRST: Final[tuple[Message, ...]] = (
+    Exec(0, "def rlm_first():\n    return [1]\nrlm_first()\ndel rlm_first", [], 0),
+    Configure(0, None, ""),
+)
 _SECONDS: Final = 30.0
 
 
@@ -38,7 +42,7 @@ class InstancePool:
         self._ready: deque[Instance] = deque()
         self._taken = threading.Event()
         self._recording = threading.Lock()
-        self._first: Entry | None = None
+        self._first: list[Entry] = []
         threading.Thread(target=self._fill, name="rlm-sandbox-wasm-pool", daemon=True).start()
 
     def take(self) -> Instance:
@@ -68,23 +72,28 @@ class InstancePool:
     def _make(self) -> Instance:
         instance = Instance(self._loaded)
         with self._recording:
-            if self._first is None:
-                self._first = _record(instance)
+            if not self._first:
+                self._first = [_record(instance, message) for message in _FIRST]
                 return instance
-        peer = ReplayPeer(self._first)
-        instance.start(self._first.request, peer)
-        if not peer.done.wait(_SECONDS) or not peer.matched:
-            raise BackendUnavailable("wasm", "two instances of the guest did not start alike", "report this as a bug")
+        for entry in self._first:
+            peer = ReplayPeer(entry)
+            instance.start(entry.request, peer)
+            if not peer.done.wait(_SECONDS) or not peer.matched:
+                raise BackendUnavailable("wasm", "two instances of the guest did not start alike", "report this as a bug")
         return instance
 
 
-def _record(instance: Instance) -> Entry:
-    """Run the first request of the first instance."""
-    entry = Entry(dump_string(dump_message(Exec(0, _FIRST_CELL, [], 0)), [], max_chars=1 << 20))
+def _record(instance: Instance, message: Message) -> Entry:
+    """Run one of the first requests of the first instance."""
+    entry = Entry(dump_string(dump_message(message), [], max_chars=1 << 20))
     peer = LivePeer(entry)
     instance.start(entry.request, peer)
-    peer.signals.get(timeout=_SECONDS)
+    try:
+        while peer.ended is None and peer.failed is None:
+            peer.signals.get(timeout=_SECONDS)
+    except queue.Empty:
+        peer.stop()
     if peer.ended is None:
-        raise BackendUnavailable("wasm", f"the guest does not start: {peer.failed}", "reinstall rlm-sandbox")
+        raise BackendUnavailable("wasm", f"the guest does not start: {peer.failed or 'no answer'}", "reinstall rlm-sandbox")
     entry.ended = hash(peer.ended)
     return entry
