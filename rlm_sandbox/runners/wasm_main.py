@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import importlib
 import io
-import os
 import random
 import sys
 from typing import Any, Final
@@ -138,7 +137,7 @@ class _Guest:
     def request(self, frame: str) -> str:
         header, attachments = load_string(frame, max_chars=_NO_CAP)
         if header[0] == "configure":
-            random.seed(int.from_bytes(os.urandom(16)))  # the generator's state was made when the component was
+            random.seed(wit_world.seed())  # the generator's state was made when the component was
             limit = header[2]
             self._transport.max_chars = MAX_FRAME_CHARS if limit is None else min(MAX_FRAME_CHARS, 4 * limit // 3 + FRAME_OVERHEAD)
         self._session.handle(header, attachments)

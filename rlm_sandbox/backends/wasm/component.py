@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,8 @@ from .progress import progress
 
 __all__ = ("GuestComponent", "find_component")
 
+#: Components of other sources that are kept: another branch's, say.
+_KEEP: Final = 2
 #: Where a wheel carries it.
 _PACKAGED: Final = Path(__file__).with_name("guest")
 _REINSTALL: Final = f"reinstall rlm-sandbox, or run: pip install '{build.TOOL}'"
@@ -48,6 +51,7 @@ def find_component(cache: Path | None) -> GuestComponent:
                 raise BackendUnavailable("wasm", "the guest component is missing from this installation", _REINSTALL)
             _build(directory)
             found = _checked(directory, sources, packaged=False)
+            _drop_old(directory)
     if found is None:
         raise BackendUnavailable("wasm", "the guest component that was just built cannot be read", _REINSTALL)
     return found
@@ -63,6 +67,13 @@ def _build(directory: Path) -> None:
         raise BackendUnavailable(
             "wasm", f"{str(directory)!r} cannot be written ({exc.strerror})", f"set {CACHE_VARIABLE} to a writable directory"
         ) from None
+
+
+def _drop_old(kept: Path) -> None:
+    """Components of sources that are no more would pile up at 30 MB each."""
+    others = [path for path in kept.parent.glob("component-*") if path != kept]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[_KEEP:]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _checked(directory: Path, sources: str, *, packaged: bool) -> GuestComponent | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -43,18 +41,17 @@ class _Clock:
         self._needed = threading.Event()
         threading.Thread(target=self._run, name="rlm-sandbox-wasm-clock", daemon=True).start()
 
-    @contextmanager
-    def ticking(self) -> Iterator[None]:
-        """Ticks come while this is entered."""
+    def start(self) -> None:
+        """A guest runs: ticks come until as many `stop`."""
         with self._lock:
             self._running += 1
         if not self._needed.is_set():
             self._needed.set()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running -= 1
+
+    def stop(self) -> None:
+        """A guest runs no more."""
+        with self._lock:
+            self._running -= 1
 
     def _run(self) -> None:
         idle = 0

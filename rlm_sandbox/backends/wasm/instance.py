@@ -49,7 +49,6 @@ class Instance:
         function = instance.get_func(self._store, "request")
         assert function is not None
         self._function = function
-        self.alive = True
 
     def limit_memory(self, megabytes: int | None) -> None:
         """Bound the guest's memory from now on."""
@@ -63,16 +62,15 @@ class Instance:
         """Run one request on this thread, which must be a cell thread. See `start`."""
         current.surroundings = self._surroundings
         self._surroundings.peer = peer
+        answer = why = None
+        self._loaded.clock.start()
         try:
-            with self._loaded.clock.ticking():
-                answer = capi.call_with_text(self._function, self._store, frame)
+            answer = capi.call_with_text(self._function, self._store, frame)
         except BaseException as exc:  # noqa: BLE001 - the engine's errors, and what a damaged guest makes of a string
-            self.alive = False
-            peer.end(None, _reason(peer, exc))
-        else:
-            peer.end(answer, None)
-        finally:
-            self._surroundings.peer = None
+            why = _reason(peer, exc)
+        self._loaded.clock.stop()
+        self._surroundings.peer = None  # before the end is told: the next request may begin on another thread at once
+        peer.end(answer, why)
 
     def _must_stop(self) -> bool:
         peer = self._surroundings.peer

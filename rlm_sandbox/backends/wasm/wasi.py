@@ -1,4 +1,4 @@
-"""The whole of the outside world that a guest can reach: clocks, random numbers, sleep, and its own three functions.
+"""The whole of the outside world that a guest can reach: clocks, random numbers, sleep, and its own four functions.
 
 No environment, no files, no sockets: what is not defined here traps, and a trap costs the guest its instance. Every value
 goes through the guest's `Peer`, which records it, so that a replay is told the same. No function takes a list.
@@ -158,6 +158,7 @@ _INTERFACES: Final[dict[str, dict[str, Callable[..., Any]]]] = {
 _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "suspend": lambda store, frame: _peer().suspend(frame),
     "write-out": lambda store, descriptor, raw, text: _peer().write_out(descriptor, raw, text),
+    "seed": lambda store: _peer().number(lambda: secrets.randbits(64)),
     "text-piece": lambda store, start: _peer().text_piece(start),
 }
 
