@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import io
+import pkgutil
 import random
 import sys
 from typing import Any, Final
@@ -22,7 +23,7 @@ from . import wasm_shims
 from .output import CellOutput
 from .session import GuestSession
 from .wasm_loop import LoopCalls, install
-from .wasm_modules import MODULES
+from .wasm_modules import MODULES, PACKAGES, PRIVATE
 
 __all__ = ("WitWorld",)
 
@@ -144,9 +145,23 @@ class _Guest:
         return self._transport.ended
 
 
+def _import_if_there(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError:  # it needs what this interpreter lacks (processes, another system)
+        sys.modules.pop(name, None)
+
+
 def _prepare() -> None:
     for name in MODULES:
         importlib.import_module(name)
+    for package in PACKAGES:
+        path = importlib.import_module(package).__path__
+        for found in pkgutil.walk_packages(path, f"{package}.", onerror=lambda name: None):
+            if not found.name.endswith("__main__"):
+                _import_if_there(found.name)
+    for name in PRIVATE:
+        _import_if_there(name)
     sys.path.clear()  # nothing is there; a search would only cost time
     sys.path_importer_cache.clear()
     wasm_shims.install()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ("MODULES",)
+__all__ = ("MODULES", "PACKAGES", "PRIVATE")
 
 MODULES: Final = (
     "__future__", "abc", "annotationlib", "argparse", "array", "ast", "asyncio", "asyncio.taskgroups", "asyncio.timeouts",
@@ -35,4 +35,20 @@ MODULES: Final = (
     "warnings", "wave", "weakref", "webbrowser", "wsgiref", "wsgiref.util", "xml", "xml.dom.minidom", "xml.etree.ElementTree",
     "xml.sax", "xml.sax.handler", "xml.sax.saxutils", "xmlrpc", "xmlrpc.client", "zipapp", "zipfile", "zipimport", "zlib",
     "zoneinfo",
+)  # fmt: skip
+#: Packages whose modules are imported, too: they import each other when they are used.
+PACKAGES: Final = (
+    "asyncio", "collections", "compression", "concurrent", "email", "encodings", "html", "http", "importlib", "json", "logging",
+    "pathlib", "re", "sqlite3", "string", "sysconfig", "unittest", "urllib", "wsgiref", "xml", "xmlrpc", "zipfile", "zoneinfo",
+)  # fmt: skip
+#: What modules of the list import when they are used; not every build of the interpreter has each.
+PRIVATE: Final = (
+    "_abc", "_ast", "_ast_unparse", "_asyncio", "_bisect", "_blake2", "_codecs", "_codecs_cn", "_codecs_hk", "_codecs_iso2022",
+    "_codecs_jp", "_codecs_kr", "_codecs_tw", "_collections", "_collections_abc", "_colorize", "_compat_pickle", "_contextvars",
+    "_csv", "_datetime", "_decimal", "_elementtree", "_frozen_importlib", "_frozen_importlib_external", "_functools", "_heapq",
+    "_imp", "_io", "_json", "_locale", "_lsprof", "_markupbase", "_md5", "_multibytecodec", "_opcode", "_opcode_metadata",
+    "_operator", "_pickle", "_py_abc", "_py_warnings", "_pydatetime", "_pydecimal", "_pyio", "_queue", "_random", "_sha1",
+    "_sha3", "_signal", "_sitebuiltins", "_socket", "_sqlite3", "_sre", "_stat", "_statistics", "_string", "_strptime", "_struct",
+    "_symtable", "_thread", "_threading_local", "_tokenize", "_tracemalloc", "_typing", "_warnings", "_weakref", "_weakrefset",
+    "_zoneinfo",
 )  # fmt: skip

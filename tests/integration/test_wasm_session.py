@@ -365,6 +365,35 @@ def test_what_a_guest_lacks_raises_where_it_is_used(repl: REPLProtocol) -> None:
     assert repl.exec("import os\ndict(os.environ)").value == "{}"
 
 
+def test_the_documented_modules_are_missing_and_the_listed_ones_are_there(repl: REPLProtocol) -> None:
+    from rlm_sandbox.runners.wasm_modules import MODULES
+
+    code = (
+        "import importlib\nmissing = []\nfor name in names:\n    try:\n        importlib.import_module(name)\n"
+        "    except ImportError:\n        missing.append(name)"
+    )
+    repl.set("names", list(MODULES))
+    assert repl.exec(code).ok
+    assert repl.get("missing") == []
+    absent = ["bz2", "lzma", "compression.zstd", "ctypes", "ssl", "mmap", "fcntl", "readline", "curses", "resource", "tkinter"]
+    repl.set("names", absent)
+    assert repl.exec(code).ok
+    assert repl.get("missing") == absent
+    assert repl.exec("import zoneinfo\nzoneinfo.available_timezones()").value == "set()"
+    assert repl.exec("import datetime\ndatetime.datetime.strptime('2024', '%Y').year").value == "2024"
+
+
+def test_the_machine_is_32_bits_wide_and_its_hashes_are_baked_in(repl: REPLProtocol) -> None:
+    assert repl.exec("import sys\n[sys.maxsize, sys.platform]").value == "[2147483647, 'wasi']"
+    assert repl.exec("2 ** 100").value == str(2**100)
+    assert repl.exec("'a' * 10 ** 10").error == "OverflowError: cannot fit 'int' into an index-sized integer"
+    hashes = set()
+    for _ in range(2):
+        with open_repl("wasm") as session:
+            hashes.add(session.exec("hash('abc')").value)
+    assert len(hashes) == 1
+
+
 def test_a_memory_limit_below_the_interpreters_own_is_refused() -> None:
     with pytest.raises(UnsupportedLimit, match="memory_mb=48 or more"):
         open_repl("wasm", limits=Limits(memory_mb=16))
