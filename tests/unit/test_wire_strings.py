@@ -33,6 +33,13 @@ def test_a_frame_comes_back(attachments: list[Attachment]) -> None:
     assert load_string(frame, max_chars=CAP) == (header, attachments)
 
 
+def test_many_bytes_do_not_double_on_the_way() -> None:
+    attachments: list[Attachment] = [b"\xff" * (6 << 20)] * 4
+    frame = dump_string([], attachments, max_chars=1 << 27)
+    assert len(frame.encode("utf-8")) < 1.7 * sum(map(len, attachments))
+    assert load_string(frame, max_chars=1 << 27) == ([], attachments)
+
+
 @pytest.mark.parametrize("text", ["", "a", "é日\U0001f600", "\ud800", "\ud83d\ude00", "b", "s"])
 def test_a_text_comes_back(text: str) -> None:
     packed = pack_text(text)
@@ -43,7 +50,7 @@ def test_a_text_comes_back(text: str) -> None:
 @pytest.mark.parametrize(
     "frame",
     [
-        "", "\n", "3", "3\n", "3\n[]", "2\n[]x", "2 t1\n[]", "2 t1\n[]ab", "2 x1\n[]a", "2 b3\n[]abc", "2 s4\n[]gICA", "-2\n[]", "+2\n[]",
+        "", "\n", "3", "3\n", "3\n[]", "2\n[]x", "2 t1\n[]", "2 t1\n[]ab", "2 x1\n[]a", "2 B3\n[]abc", "2 b1\n[]\u0100", "2 s4\n[]gICA", "-2\n[]", "+2\n[]",
         "2 t-1\n[]", "٢\n[]", "02x\n[]", "2  t1\n[]a", " 2\n[]", "9999999999999\n[]", "2 t9999999999999\n[]", "2\n[1", "5\n[NaN]",
     ],
 )  # fmt: skip
