@@ -24,7 +24,7 @@ _REASONS: Final = {
     "fuel allocated for hostcalls": "it sent more at once than may cross",
     "unreachable": "its interpreter aborted",
     "out of bounds": "its interpreter accessed memory that is not its own",
-    "unknown import": "it used something that this sandbox does not have",
+    "unknown import": "it used something that this sandbox does not have, or its interpreter ran out of memory",
 }
 
 
