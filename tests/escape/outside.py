@@ -75,6 +75,8 @@ class Attack:
     """What the next, harmless cell may say of the state."""
     tools: bool = False
     """Whether the cell before brings `TOOLS`."""
+    forges_next: bool = False
+    """Whether a thread it leaves behind may answer for the next cell: a guest's own words (decision 0006). The cell after says so."""
 
 
 class SessionProcesses:
@@ -191,6 +193,9 @@ def assert_contained(repl: REPLProtocol, attack: Attack, processes: SessionProce
     assert result.state in attack.states, f"{result.state}, lost {result.lost_names}"
     with within(limit + RECOVERY_SECONDS):
         following = repl.exec("x['kept'][0] + 1")
+    if attack.forges_next and (following.outcome, following.value) != ("ok", "42"):
+        forged, following = following, repl.exec("x['kept'][0] + 1")
+        assert "restored" in (forged.state, following.state), f"an answer was forged, and the next result says {following.state}"
     assert (following.outcome, following.value) == ("ok", "42"), f"{following.outcome}: {following.error}"
     assert following.state in attack.after, following.state
     processes.assert_quiet()

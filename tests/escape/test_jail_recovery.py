@@ -85,6 +85,7 @@ ATTACKS: Final = (
         ("ok", "violation"),
         SURVIVED,
         SURVIVED,
+        forges_next=True,
     ),
     # ---- ticket and birth
     Attack(
