@@ -62,5 +62,6 @@ $(VENV)/.fuzz: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.demo-$(BACKEND): pyproject.toml | $(BIN)/python
+	@echo 'installing; the guest of the wasm backend is built once, which takes half a minute'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(DEMO_EXTRAS)'
 	@touch $@

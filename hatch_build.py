@@ -28,7 +28,9 @@ class GuestComponentHook(BuildHookInterface[Any]):
         else:
             self._temporary = tempfile.TemporaryDirectory(prefix="rlm-sandbox-wheel-")
             target = Path(self._temporary.name)
-        self.app.display_waiting("building the wasm guest")
+        if version == "editable" and build.is_current(target):
+            return  # these very sources were built before
+        self.app.display_waiting("building the wasm guest, which takes half a minute")
         build.build(target)
         if version != "editable":
             for name in (build.COMPONENT_NAME, build.RECORD_NAME):

@@ -24,8 +24,8 @@ __all__ = ("SCHEMA_VERSION", "Diagnosis", "diagnose", "render")
 
 #: Raised when a reader of the older form could misread the JSON.
 SCHEMA_VERSION: Final = 1
-#: Backends with layers of their own to try; every other has its sessions tried, and that is all there is to it.
-_WITH_LAYERS: Final = {"jail": "linux"}
+#: Backends with layers of their own to try, and where; every other has its sessions tried, and that is all there is to it.
+_WITH_LAYERS: Final = {"jail": ("linux",), "wasm": ("linux", "darwin", "win32")}
 #: Columns where there is no terminal to fit into.
 _PLAIN_WIDTH: Final = 132
 _MAX_TEXT: Final = 400
@@ -75,7 +75,7 @@ def diagnose(progress: Callable[[str], None] = lambda _what: None) -> Diagnosis:
     findings: list[Finding] = []
     for name in backend_names():
         progress(name)
-        layers = examine(name, LAYERS) if _WITH_LAYERS.get(name) == sys.platform else []
+        layers = examine(name, LAYERS) if sys.platform in _WITH_LAYERS.get(name, ()) else []
         broken = next((item for item in layers if item.status is Status.FAIL), None)
         findings += layers
         for item in examine(name, SESSIONS):

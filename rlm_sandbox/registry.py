@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
@@ -17,6 +17,8 @@ __all__ = (
     "AUTO_ORDER",
     "Availability",
     "Backend",
+    "HasParts",
+    "Part",
     "SessionConfig",
     "available",
     "backend_names",
@@ -66,6 +68,30 @@ class PrunesLeftovers(Protocol):
 
     def prune(self) -> list[str]:
         """Remove what dead hosts left behind; returns its names. Raises `BackendUnavailable` if the engine does not answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One thing a backend rests on, for whoever asks why it does not work.
+
+    ``found`` is what was seen, ``consequence`` one sentence on what follows, ``remedy`` what helps (empty if nothing is amiss).
+    ``needed`` is False for what only makes it slower or larger.
+    """
+
+    name: str
+    works: bool
+    found: str
+    consequence: str
+    remedy: str = ""
+    needed: bool = True
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """A backend that can say which of the things it rests on are there, without opening a session."""
+
+    def parts(self) -> Iterator[Part]:
+        """Look at each; never raises."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,10 +46,14 @@ def main(kind: str, backend: str = "") -> None:
 
 
 def _findings(kind: str, backend: str) -> Iterator[Finding]:
-    if kind == LAYERS:
+    if kind == LAYERS and backend == "jail":
         from .jail_layers import examine_layers
 
         return examine_layers()
+    if kind == LAYERS:
+        from .parts import examine_parts
+
+        return examine_parts(backend)
     from .sessions import examine_backend
 
     return examine_backend(backend)

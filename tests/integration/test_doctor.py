@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlm_sandbox import available
+from rlm_sandbox.diagnosis import Status
+from rlm_sandbox.diagnosis.child import LAYERS, examine
+from rlm_sandbox.registry import AUTO_ORDER, load_backend
+
+from ..conftest import require_usable
 
 DOCTOR = [sys.executable, "-m", "rlm_sandbox", "doctor", "--json"]
 
@@ -49,7 +55,7 @@ def test_this_machine() -> None:
     code, report = _run(*DOCTOR)
     found = available()
     assert report["usable"] == (code == 0)
-    assert report["usable"] == found["jail"].usable
+    assert report["auto"] == next((name for name in AUTO_ORDER if found[name].usable), None)
     for name, state in found.items():
         statuses = _statuses(report, name)
         assert ("FAIL" not in statuses.values()) == state.usable
@@ -64,17 +70,40 @@ def test_this_machine() -> None:
 
 
 def test_a_machine_without_user_namespaces() -> None:
+    """Where the jail does not work, ``auto`` is wasm."""
+    require_usable("wasm", load_backend("wasm").probe())
     code, report = _run(sys.executable, "-c", _WITHOUT_NAMESPACES, *DOCTOR)
-    assert code == 1
-    assert (report["usable"], report["auto"]) == (False, None)
-    assert "\n" not in report["auto_error"]
-    assert "user.max_user_namespaces" in report["auto_error"]
+    assert (code, report["usable"], report["auto"], report["auto_error"]) == (0, True, "wasm", None)
     statuses = _statuses(report, "jail")
     assert (statuses["user namespaces"], statuses["start"]) == ("FAIL", "FAIL")
     assert {statuses[name] for name in ("id maps", "mount namespace", "pivot_root", "task limit")} == {"SKIPPED"}
     assert {statuses[name] for name in ("kernel", "seccomp filter", "pidfds", "memory limits")} == {"PASS"}
     remedies = {item["remedy"] for item in report["findings"] if item["backend"] == "jail" and item["remedy"]}
     assert remedies == {"run: sysctl user.max_user_namespaces=10000"}
+
+
+def test_a_machine_on_which_wasm_does_not_work_either(tmp_path: Path) -> None:
+    """The cache cannot be made: one sentence for ``auto``, and the row that fails has the remedy."""
+    (tmp_path / "file").write_text("")
+    without_cache = ("env", f"RLM_SANDBOX_CACHE={tmp_path / 'file'}", *DOCTOR)
+    code, report = _run(sys.executable, "-c", _WITHOUT_NAMESPACES.replace("execv", "execvp"), *without_cache)
+    assert code == 1
+    assert (report["usable"], report["auto"]) == (False, None)
+    assert "\n" not in report["auto_error"]
+    assert "user.max_user_namespaces" in report["auto_error"]
+    assert "RLM_SANDBOX_CACHE" in report["auto_error"]
+    assert _statuses(report, "wasm")["cache"] == "FAIL"
+
+
+def test_the_parts_of_wasm() -> None:
+    require_usable("wasm", load_backend("wasm").probe())
+    findings = examine("wasm", LAYERS)
+    assert [item.layer for item in findings] == ["engine", "cache", "component", "compiled code", "threads", "address space"]
+    assert {item.status for item in findings} <= {Status.PASS, Status.CAUTION}
+    said = {item.layer: item.found for item in findings}
+    assert said["engine"] == f"wasmtime {version('wasmtime')}"
+    assert "sha256" in said["component"]
+    assert "closed to others" in said["cache"]
 
 
 def test_nothing_is_imported_from_where_it_runs(tmp_path: Path) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ...errors import BackendUnavailable
 from ...options import BackendOptions, WasmOptions
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
-from ...registry import Availability, SessionConfig
-from .engine import shared_engine
-from .instance import check_memory_limit
-from .pool import InstancePool
-from .session import WasmSession
+from ...registry import Availability, Part, SessionConfig
+from .engine_version import check_engine
+
+if TYPE_CHECKING:
+    from .pool import InstancePool
 
 __all__ = ("BACKEND",)
 
@@ -32,6 +33,9 @@ def _cache(options: BackendOptions | None) -> Path | None:
 
 def _pool(config: SessionConfig) -> InstancePool:
     """The ready instances of this process for one cache."""
+    from .engine import shared_engine
+    from .pool import InstancePool
+
     cache = _cache(config.options)
     loaded = shared_engine(cache)
     with _lock:
@@ -42,11 +46,14 @@ def _pool(config: SessionConfig) -> InstancePool:
 
 
 class WasmBackend:
-    """See `rlm_sandbox.registry.Backend`."""
+    """See `rlm_sandbox.registry.Backend`. The engine is imported when it is needed, after a look at its version."""
 
     def probe(self, options: BackendOptions | None = None) -> Availability:
         """Load the engine and the component: the first session needs them anyway."""
         try:
+            check_engine()
+            from .engine import shared_engine
+
             shared_engine(_cache(options))
         except BackendUnavailable as exc:
             return Availability(False, exc.reason, exc.remedy)
@@ -87,8 +94,18 @@ class WasmBackend:
 
     def open(self, config: SessionConfig) -> REPLProtocol:
         """Open a session."""
+        check_engine()
+        from .instance import check_memory_limit
+        from .session import WasmSession
+
         check_memory_limit(config.limits.memory_mb)
         return WasmSession(_pool(config), config, self.capabilities(config))
+
+    def parts(self) -> Iterator[Part]:
+        """See `rlm_sandbox.registry.HasParts`."""
+        from .parts import examine_parts
+
+        return examine_parts()
 
 
 BACKEND: Final = WasmBackend()

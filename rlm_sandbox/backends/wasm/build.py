@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-__all__ = ("COMPONENT_NAME", "RECORD_NAME", "TOOL", "BuildFailed", "build", "can_build", "sources_digest")
+__all__ = ("COMPONENT_NAME", "RECORD_NAME", "TOOL", "BuildFailed", "build", "can_build", "is_current", "sources_digest")
 
 COMPONENT_NAME: Final = "guest.wasm"
 RECORD_NAME: Final = "guest.json"
@@ -57,6 +57,16 @@ def can_build() -> bool:
     try:
         return f"{_TOOL_NAME}=={importlib.metadata.version(_TOOL_NAME)}" == TOOL
     except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def is_current(directory: Path) -> bool:
+    """Whether ``directory`` holds, whole, the component of these sources."""
+    try:
+        record = json.loads((directory / RECORD_NAME).read_bytes())
+        data = (directory / COMPONENT_NAME).read_bytes()
+        return bool(record["sources"] == sources_digest() and record["digest"] == hashlib.sha256(data).hexdigest())
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

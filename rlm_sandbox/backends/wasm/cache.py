@@ -32,7 +32,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ("CACHE_VARIABLE", "cache_directory", "compiled_file", "exclusive", "read_private")
+__all__ = ("CACHE_VARIABLE", "cache_directory", "compiled_file", "entry_path", "exclusive", "read_private")
 
 #: Names a directory to use in place of the user's cache.
 CACHE_VARIABLE: Final = "RLM_SANDBOX_CACHE"
@@ -100,14 +100,19 @@ def read_private(path: Path) -> bytes:
         return file.read()
 
 
+def entry_path(source: GuestComponent, configuration: str, chosen: Path | None) -> Path:
+    """Where the compiled code of a component is, if it is there. Raises as `cache_directory`."""
+    key = hashlib.sha256(f"{_ENGINE}\n{configuration}\n{source.digest}".encode()).hexdigest()[:24]
+    return cache_directory(chosen) / f"guest-{key}.cwasm"
+
+
 def compiled_file(engine: Engine, source: GuestComponent, configuration: str, chosen: Path | None) -> Component:
     """The component as native code: from the cache, or compiled into it.
 
     Raises:
         BackendUnavailable: the cache cannot be used.
     """
-    key = hashlib.sha256(f"{_ENGINE}\n{configuration}\n{source.digest}".encode()).hexdigest()[:24]
-    path = cache_directory(chosen) / f"guest-{key}.cwasm"
+    path = entry_path(source, configuration, chosen)
     found = _read_entry(engine, path)
     if found is not None:
         return found

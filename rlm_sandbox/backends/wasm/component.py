@@ -14,13 +14,13 @@ from . import build
 from .cache import CACHE_VARIABLE, cache_directory, exclusive, read_private
 from .progress import progress
 
-__all__ = ("GuestComponent", "find_component")
+__all__ = ("REINSTALL", "GuestComponent", "existing_component", "find_component")
 
 #: Components of other sources that are kept: another branch's, say.
 _KEEP: Final = 2
 #: Where a wheel carries it.
 _PACKAGED: Final = Path(__file__).with_name("guest")
-_REINSTALL: Final = f"reinstall rlm-sandbox, or run: pip install '{build.TOOL}'"
+REINSTALL: Final = f"reinstall rlm-sandbox, or run: pip install '{build.TOOL}'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +38,39 @@ def find_component(cache: Path | None) -> GuestComponent:
     Raises:
         BackendUnavailable: it is damaged; or missing, and the tool that builds it is not installed.
     """
+    found = existing_component(cache)
+    if found is not None:
+        return found
+    directory = _built(cache)
+    with exclusive(directory.with_name("build.lock")):
+        found = _checked(directory, build.sources_digest(), packaged=False)  # another process built it meanwhile
+        if found is None:
+            if not build.can_build():
+                raise BackendUnavailable("wasm", "the guest component is missing from this installation", REINSTALL)
+            _build(directory)
+            found = _checked(directory, build.sources_digest(), packaged=False)
+            _drop_old(directory)
+    if found is None:
+        raise BackendUnavailable("wasm", "the guest component that was just built cannot be read", REINSTALL)
+    return found
+
+
+def existing_component(cache: Path | None) -> GuestComponent | None:
+    """The component of these sources if there is one.
+
+    Raises:
+        BackendUnavailable: the package's is damaged, or the cache cannot be used.
+    """
     sources = build.sources_digest()
     if (_PACKAGED / build.COMPONENT_NAME).exists():
         found = _checked(_PACKAGED, sources, packaged=True)
         if found is not None:
             return found
-    directory = cache_directory(cache) / f"component-{sources[:24]}"
-    with exclusive(cache_directory(cache) / "build.lock"):
-        found = _checked(directory, sources, packaged=False)
-        if found is None:
-            if not build.can_build():
-                raise BackendUnavailable("wasm", "the guest component is missing from this installation", _REINSTALL)
-            _build(directory)
-            found = _checked(directory, sources, packaged=False)
-            _drop_old(directory)
-    if found is None:
-        raise BackendUnavailable("wasm", "the guest component that was just built cannot be read", _REINSTALL)
-    return found
+    return _checked(_built(cache), sources, packaged=False)
+
+
+def _built(cache: Path | None) -> Path:
+    return cache_directory(cache) / f"component-{build.sources_digest()[:24]}"
 
 
 def _build(directory: Path) -> None:
@@ -62,7 +78,7 @@ def _build(directory: Path) -> None:
         with progress("building the wasm guest, once"):
             build.build(directory)
     except build.BuildFailed as exc:
-        raise BackendUnavailable("wasm", f"the guest component could not be built ({exc})", _REINSTALL) from None
+        raise BackendUnavailable("wasm", f"the guest component could not be built ({exc})", REINSTALL) from None
     except OSError as exc:
         raise BackendUnavailable(
             "wasm", f"{str(directory)!r} cannot be written ({exc.strerror})", f"set {CACHE_VARIABLE} to a writable directory"
@@ -85,13 +101,13 @@ def _checked(directory: Path, sources: str, *, packaged: bool) -> GuestComponent
         data = (directory / build.COMPONENT_NAME).read_bytes() if packaged else read_private(directory / build.COMPONENT_NAME)
     except (OSError, ValueError, AttributeError):
         if packaged:
-            raise BackendUnavailable("wasm", "the guest component of this installation is damaged", _REINSTALL) from None
+            raise BackendUnavailable("wasm", "the guest component of this installation is damaged", REINSTALL) from None
         return None
     digest = hashlib.sha256(data).hexdigest()
     if digest != record.get("digest"):
         if packaged:
             raise BackendUnavailable(
-                "wasm", "the guest component of this installation is not the one that was recorded when it was built", _REINSTALL
+                "wasm", "the guest component of this installation is not the one that was recorded when it was built", REINSTALL
             )
         return None
     return GuestComponent(data, digest, packaged)
