@@ -21,6 +21,7 @@ from .errors import (
 from .limits import Limits
 from .options import BackendOptions, DockerOptions, JailOptions, MontyOptions, RestrictedOptions, WasmOptions
 from .orchestrator import RLM, AdapterError, Completion, LLMAdapter, Policy, PolicyExceeded, TokenUsage, Trace
+from .pool import SessionPool
 from .protocol import Capabilities, Feature, Grade, REPLProtocol, SupportsCheckpoint, SupportsFork, SupportsReadFile
 from .registry import available, backend_names, open_repl
 from .results import ExecResult, LimitHit, Opaque, OutputChunk, Usage
@@ -61,6 +62,7 @@ __all__ = (
     "SandboxError",
     "SessionBusy",
     "SessionClosed",
+    "SessionPool",
     "SupportsCheckpoint",
     "SupportsFork",
     "SupportsReadFile",

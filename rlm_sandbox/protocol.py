@@ -23,6 +23,7 @@ __all__ = (
     "SupportsCheckpoint",
     "SupportsFork",
     "SupportsReadFile",
+    "SupportsWaiting",
 )
 
 
@@ -234,6 +235,14 @@ class SupportsReadFile(Protocol):
 
     def read_file(self, name: str) -> bytes:
         """The content of a file below the guest's ``/tmp``, capped at ``value_bytes``."""
+
+
+@runtime_checkable
+class SupportsWaiting(Protocol):
+    """A session that can wait, opened and unused, until somebody needs one. For pools."""
+
+    def begin(self) -> bool:
+        """Its ``session_seconds`` run from now on. False if it did not live through the waiting; it is then to be closed."""
 
 
 #: What a host hands to a backend for reading values in the same turn.

@@ -128,6 +128,14 @@ class FramedSession(Session):
         except GuestLost:
             self._rebuild()
 
+    def _is_well(self) -> bool:
+        try:
+            self._guest.restart_clock(self._limits.session_seconds)
+            self._await_protection()
+        except GuestLost:
+            return False
+        return self._pending_state == "kept" and not self._spoke_between_turns()
+
     def _check_memory(self, end: TurnEnd) -> float | None:
         peak = None
         out_of_memory = self._out_of_memory()

@@ -59,6 +59,9 @@ class Guest(Protocol):
     def control_fd(self) -> int:
         """Readable when `report` has something."""
 
+    def restart_clock(self, seconds: float | None) -> None:
+        """The session lasts for ``seconds`` from now on. Raises `GuestLost` if it is over."""
+
     def report(self) -> Report | None:
         """The next report, or None if there is none now. Raises `GuestLost` at the end of the supervisor."""
 

@@ -84,6 +84,17 @@ class Session(abc.ABC):
         self._until = None if seconds is None else time.monotonic() + seconds
         self._freed = False
 
+    def begin(self) -> bool:
+        """See `SupportsWaiting.begin`."""
+        if self._closed or self._owner != os.getpid():
+            return False
+        self._begin()
+        try:
+            with self._call():
+                return self._is_well()
+        except SandboxError:
+            return False
+
     # ---- what a subclass supplies
 
     @abc.abstractmethod
@@ -135,6 +146,10 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def _free_guest(self) -> None:
         """End the guest and free what is its own. Never raises."""
+
+    def _is_well(self) -> bool:
+        """Whether a session that nobody has used yet has lived until now; the guest's own time begins anew, too."""
+        return True
 
     def _new_handles(self) -> HandleTable:
         """The door to the host for a fresh guest."""

@@ -355,6 +355,8 @@ class Supervisor:
                 self.recover(fds[0], int(message["generation"]), fresh=message["op"] == "fresh")
             elif message["op"] == "grow":
                 self.grow_address_space(int(message["bytes"]))
+            elif message["op"] == "clock":
+                self._session_until = None if message["seconds"] is None else time.monotonic() + float(message["seconds"])
             else:
                 return False
         finally:

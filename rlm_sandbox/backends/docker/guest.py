@@ -120,6 +120,10 @@ class DockerGuest:
         except OSError as exc:
             raise GuestLost(f"the container is gone ({exc.strerror or exc})") from None
 
+    def restart_clock(self, seconds: float | None) -> None:
+        """See `Guest.restart_clock`."""
+        self._order({"op": "clock", "seconds": None if seconds is None else seconds + _SESSION_SLACK_SECONDS})
+
     def report(self) -> Report | None:
         """See `Guest.report`."""
         poll = select.poll()  # select() fails on descriptors above 1023

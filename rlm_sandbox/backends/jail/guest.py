@@ -22,7 +22,9 @@ from .launch import Zygote
 __all__ = ("JailGuest",)
 
 #: The host ends a session at ``session_seconds``; a supervisor whose host did not come back for it ends itself.
-_SESSION_SLACK_SECONDS: Final = 5.0
+_SESSION_SLACK_SECONDS: Final = 60.0
+#: So it need not know to the second when a session that waited in a pool began: that would cost an order at each start.
+_CLOCK_SLACK_SECONDS: Final = 45.0
 _START_SECONDS: Final = 10.0
 #: Waking a standby or forking a worker takes about 1.5 ms, with 1 GB of small objects about 60 ms.
 _RECOVER_SECONDS: Final = 5.0
@@ -54,6 +56,7 @@ class JailGuest:
         self._generation = 1
         self._supervisor = self._worker = self._statm = -1
         self._worker_pid = 0
+        self._clock_at = time.monotonic()
         self._data_limit: int | None = None
         sockets, (out_read, out_write, err_read, err_write) = _channels()
         self.data, data_theirs, self._control, control_theirs = sockets
@@ -120,6 +123,13 @@ class JailGuest:
             control.send(self._control, message, fds)
         except OSError as exc:
             raise GuestLost(f"the supervisor is gone ({exc.strerror})") from None
+
+    def restart_clock(self, seconds: float | None) -> None:
+        """See `Guest.restart_clock`."""
+        now = time.monotonic()
+        if now - self._clock_at > _CLOCK_SLACK_SECONDS:
+            self._order({"op": "clock", "seconds": None if seconds is None else seconds + _SESSION_SLACK_SECONDS})
+            self._clock_at = now
 
     def report(self) -> Report | None:
         """See `Guest.report`."""
