@@ -240,8 +240,8 @@ def test_the_end_of_the_supervisor_in_a_turn_is_a_crash() -> None:
 
     def move(worker: Worker) -> None:
         assert isinstance(worker.guest, Ends)
+        worker.guest.gone = True  # before the report that wakes the host: nothing else would
         worker.guest.say(Report("standby_died"))
-        worker.guest.gone = True
         worker.read()
 
     with scripted(start=lambda: Ends({"end": move}), limits=Limits(time_seconds=5)) as session:
