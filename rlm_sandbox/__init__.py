@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .adapters import FakeAdapter, OpenAIAdapter
+from .asynchronous import AsyncREPL
 from .binding import Exposed, expose
 from .context import Context
 from .errors import (
@@ -29,6 +30,7 @@ from .trajectory import JsonlWriter
 
 __all__ = (
     "AdapterError",
+    "AsyncREPL",
     "BackendOptions",
     "BackendUnavailable",
     "Capabilities",

@@ -117,6 +117,24 @@ def test_the_quickstart_prints_what_its_comments_say() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("pool_of_threads", ["isqrt(sum(range(20))) = '13'", "all 4 sessions of the pool were in use for 0.1 seconds"]),
+        ("async_server", ['"outcome": "limit"', '"outcome": "crashed"', "a model would read 4 characters", '"value": "81"']),
+    ],
+)
+def test_an_example_runs(name: str, says: list[str]) -> None:
+    jail = load_backend("jail").probe()
+    if not jail.usable and "jail" not in os.environ.get(REQUIRE, "").split(","):
+        pytest.skip(f"jail is unavailable: {jail.reason}; {jail.remedy}")
+    script = ROOT / "examples" / f"{name}.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in says:
+        assert part in done.stdout
+
+
 def test_commands_of_the_readme_exist() -> None:
     known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
     named = set(re.findall(r"^rlm-sandbox (\w+)", README.read_text("utf-8"), re.MULTILINE))
