@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextvars
 import functools
@@ -12,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from .errors import SessionBusy, SessionClosed
 from .limits import Limits
@@ -21,6 +20,11 @@ from .pool import SessionPool
 from .protocol import Capabilities, Grade, REPLProtocol, SupportsCheckpoint, SupportsFork, SupportsReadFile
 from .registry import open_repl
 from .results import ExecResult, OutputChunk
+
+if TYPE_CHECKING:
+    import asyncio
+
+# asyncio is imported where it is used: whoever calls these has it, and ``import rlm_sandbox`` stays quick for the others.
 
 __all__ = ("AsyncREPL",)
 
@@ -87,6 +91,8 @@ class AsyncREPL:
 
     @classmethod
     async def _opened(cls, get: Callable[[], REPLProtocol]) -> Self:
+        import asyncio
+
         opening = _in_thread(get)
         try:
             return cls(await asyncio.shield(asyncio.wrap_future(opening)))
@@ -113,6 +119,8 @@ class AsyncREPL:
         on_output: Callable[[OutputChunk], None] | None = None,
     ) -> ExecResult:
         """See `REPLProtocol.exec`. ``on_output`` is called in the event loop."""
+        import asyncio
+
         listen = None if on_output is None else _heard_in_loop(on_output, asyncio.get_running_loop())
         return await self._call(lambda: self._repl.exec(code, limits=limits, read=read, on_output=listen))
 
@@ -126,6 +134,8 @@ class AsyncREPL:
 
     async def bind(self, name: str, target: Any, *, inline: bool = False, errors: tuple[type[BaseException], ...] = ()) -> None:
         """See `REPLProtocol.bind`. With ``inline`` a function runs on the session's own thread, never in the event loop."""
+        import asyncio
+
         if inspect.iscoroutinefunction(target) and not inline:
             target = _in_loop(target, asyncio.get_running_loop())
         await self._call(lambda: self._repl.bind(name, target, inline=inline, errors=errors))
@@ -202,6 +212,8 @@ class AsyncREPL:
 
 async def _to_the_end(running: concurrent.futures.Future[T], interrupt: Callable[[], None]) -> T:
     """The outcome of what runs on a thread. A cancellation interrupts it, and is raised when it has ended."""
+    import asyncio
+
     waiting = asyncio.wrap_future(running)
     try:
         return await asyncio.shield(waiting)
@@ -227,6 +239,7 @@ def _heard_in_loop(on_output: Callable[[OutputChunk], None], loop: asyncio.Abstr
 
 def _in_loop(function: Callable[..., Any], loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
     """``function``, whose calls run in ``loop`` wherever they are awaited."""
+    import asyncio
 
     @functools.wraps(function)
     async def call(*args: Any, **kwargs: Any) -> Any:
