@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ..binding import Exposed
 from ..context import CONTEXT_METHODS, CONTEXT_OPERATORS, Context
-from ..wire.codec import MAX_ELEMENTS, Decoder, Encoder, HandleRef, OpaqueValue, ValueRefused, WireError
+from ..wire.codec import MAX_ELEMENTS, MAX_JSON_INT, Decoder, Encoder, HandleRef, OpaqueValue, ValueRefused, WireError
 
 __all__ = ("CallFailed", "CallRefused", "CallReturned", "HandleTable", "HostCall", "Outcome", "plain_copy", "run_call")
 
@@ -285,12 +285,38 @@ def run_call(call: HostCall) -> Outcome:
         return failure(call, exc)
 
 
+#: Leaves that the codec takes as they are, at no cost in bytes.
+_FREE: Final = frozenset({type(None), bool, float})
+
+
+def _is_small(value: Any, max_bytes: int | None) -> bool:
+    """True for what is its own plain copy by the look of it: a leaf, or a short tuple of leaves, within ``max_bytes``.
+
+    Most arguments and results of host calls are; the codec takes twenty times as long to say so.
+    """
+    items = value if type(value) is tuple and len(value) <= 8 else (value,)
+    room = 0
+    for item in items:
+        kind = type(item)
+        if kind is str:
+            room += 4 * len(item)
+        elif kind is int:
+            if not -MAX_JSON_INT <= item <= MAX_JSON_INT:
+                return False
+        elif kind not in _FREE:
+            return False
+        room += 2
+    return max_bytes is None or room <= max_bytes
+
+
 def plain_copy(value: Any, *, max_bytes: int | None, fallback: Callable[[Any], Any] | None = None) -> Any:
     """``value`` as exact plain data, by way of the codec, for backends that pass objects and not frames.
 
     Raises:
         ValueRefused: it is not plain data, or too large, deep or many.
     """
+    if _is_small(value, max_bytes):
+        return value
     encoder = Encoder(max_bytes=max_bytes) if fallback is None else Encoder(fallback, max_bytes=max_bytes)
     try:
         tree = encoder.encode(value)

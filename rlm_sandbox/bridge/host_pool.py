@@ -7,6 +7,7 @@ import collections
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine
+from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from .handles import CallReturned, HostCall, Outcome, failure, run_call
@@ -20,6 +21,8 @@ IDLE_SECONDS: Final = 5.0
 #: How long a cancelled ``async def`` may clean up after `close`, in the background.
 CANCEL_SECONDS: Final = 1.0
 
+_Work = tuple[contextvars.Context, HostCall, Callable[[Outcome], None]]
+
 
 class HostPool:
     """Daemon threads started on demand, and one event loop for ``async def`` functions.
@@ -31,10 +34,12 @@ class HostPool:
     def __init__(self, max_threads: int = MAX_THREADS) -> None:
         self._max_threads = max_threads
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
-        self._queue: collections.deque[tuple[contextvars.Context, HostCall, Callable[[Outcome], None]]] = collections.deque()
+        #: Calls for which there is no thread.
+        self._queue: collections.deque[_Work] = collections.deque()
+        #: The inboxes of waiting threads. A call goes straight into one: a condition that all of them wait on costs a
+        #: switch of threads more.
+        self._idle: list[SimpleQueue[_Work | None]] = []
         self._threads = 0
-        self._idle = 0
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -44,22 +49,28 @@ class HostPool:
         if call.is_async:
             self._submit_async(context, call, on_done)
             return
+        work = (context, call, on_done)
         with self._lock:
             if self._closed:
                 return
-            self._queue.append((context, call, on_done))
-            if self._idle >= len(self._queue) or self._threads >= self._max_threads:
-                self._work.notify()
+            if self._idle:
+                self._idle.pop().put(work)
+                return
+            if self._threads >= self._max_threads:
+                self._queue.append(work)
                 return
             self._threads += 1
         try:
-            threading.Thread(target=self._run, name="rlm-sandbox-host-call", daemon=True).start()
+            threading.Thread(target=self._run, args=([work],), name="rlm-sandbox-host-call", daemon=True).start()
         except RuntimeError as exc:  # the process has no threads left; a call that waits for one that runs is no error
             with self._lock:
                 self._threads -= 1
-                if self._threads or not self._queue:
+                if self._idle:
+                    self._idle.pop().put(work)
                     return
-                self._queue.pop()
+                if self._threads:
+                    self._queue.append(work)
+                    return
             on_done(failure(call, exc))
 
     def drop_queued(self) -> None:
@@ -72,25 +83,45 @@ class HostPool:
         with self._lock:
             self._closed = True
             self._queue.clear()
-            self._work.notify_all()
+            for inbox in self._idle:
+                inbox.put(None)
+            self._idle.clear()
             loop, self._loop = self._loop, None
         if loop is not None:
             loop.call_soon_threadsafe(loop.stop)
 
-    def _run(self) -> None:
-        while True:
+    def _run(self, first: list[_Work]) -> None:
+        inbox: SimpleQueue[_Work | None] = SimpleQueue()
+        work: _Work | None = first.pop()
+        while work is not None:
+            context, call, on_done = work
+            outcome = context.run(run_call, call)
+            # An idle thread would keep the arguments and the session alive.
+            work = context = call = None  # type: ignore[assignment]
             with self._lock:
-                self._idle += 1
-                while not self._queue and not self._closed:
-                    if not self._work.wait(IDLE_SECONDS) and not self._queue:
-                        break
-                self._idle -= 1
-                if not self._queue:
-                    self._threads -= 1
-                    return
-                context, call, on_done = self._queue.popleft()
-            on_done(context.run(run_call, call))
-            del context, call, on_done  # an idle thread would keep the arguments and the session alive
+                if self._queue:
+                    work = self._queue.popleft()
+                elif self._closed:
+                    inbox.put(None)
+                else:
+                    self._idle.append(inbox)
+            # The last thing before waiting: the thread it wakes needs the interpreter's lock at once.
+            on_done(outcome)
+            del on_done, outcome
+            if work is None:
+                work = self._wait(inbox)
+        with self._lock:
+            self._threads -= 1
+
+    def _wait(self, inbox: SimpleQueue[_Work | None]) -> _Work | None:
+        try:
+            return inbox.get(timeout=IDLE_SECONDS)
+        except Empty:
+            with self._lock:
+                if inbox in self._idle:
+                    self._idle.remove(inbox)
+                    return None
+            return inbox.get()  # something was put there at the last moment
 
     def _submit_async(self, context: contextvars.Context, call: HostCall, on_done: Callable[[Outcome], None]) -> None:
         async def run() -> None:

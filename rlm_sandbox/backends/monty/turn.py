@@ -67,18 +67,18 @@ class Clock:
     started: float
     guest_seconds: float = 0.0
 
-    def wait(self, charged_since: float | None, grace: bool) -> tuple[float | None, str]:
-        """Seconds until the next deadline, None for never, and which one it is."""
-        now = time.monotonic()
+    def due(self, charged_since: float | None, grace: bool) -> tuple[float, str]:
+        """The next deadline, infinite for none, and which one it is."""
         nearest, reason = math.inf, ""
         if charged_since is not None and self.time_seconds is not None:
-            nearest = self.time_seconds - self.guest_seconds - (now - charged_since)
-            nearest += GRACE_SECONDS if grace and self.engine_seconds == self.time_seconds else 0.0
-            reason = "time_seconds"
-        for point, name in ((self.wall, "wall_seconds"), (self.session, "session_seconds")):
-            if point is not None and point - now < nearest:
-                nearest, reason = point - now, name
-        return (None if nearest == math.inf else max(0.0, nearest)), reason
+            nearest, reason = charged_since + self.time_seconds - self.guest_seconds, "time_seconds"
+            if grace and self.engine_seconds == self.time_seconds:
+                nearest += GRACE_SECONDS
+        if self.wall is not None and self.wall < nearest:
+            nearest, reason = self.wall, "wall_seconds"
+        if self.session is not None and self.session < nearest:
+            nearest, reason = self.session, "session_seconds"
+        return nearest, reason
 
     def spent(self, since: float) -> None:
         """Charge the guest for the time since ``since``."""
@@ -119,12 +119,18 @@ class Turn:
         self._known_names = known_names
         self._lazy = lazy
         self._on_output = on_output
-        self._pool_id = pool_id
+        self._inside = INSIDE.get() | {pool_id}
+        self._watch = signal_watch()
+        self._alarms = alarms()
         self._mailbox: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
         self._lock = threading.Lock()
-        #: Which engine call is running, 0 for none.
-        self._call = 0
-        self._calls = 0
+        self._in_engine = False
+        #: The deadline of the running call, which one it is, and since when the guest pays.
+        self._due = (math.inf, "", 0.0)
+        #: The alarm that is set and when it rings: at the deadline of the running call, or of an earlier one. Deadlines
+        #: move on while host calls run, so that one alarm does for many calls.
+        self._alarm: int | None = None
+        self._alarm_at = math.inf
         self._stopped: TurnStopped | None = None
         self._raised: BaseException | None = None
         self._waiting: dict[int, HostCall] = {}
@@ -146,7 +152,7 @@ class Turn:
         """No engine call goes on or begins any more. Under the lock; the first reason stands."""
         if self._stopped is None:
             self._stopped = stopped
-            if self._call:
+            if self._in_engine:
                 self._worker.kill()
 
     def show(self, stream: Stream, text: str) -> None:
@@ -180,6 +186,8 @@ class Turn:
         except EngineFailed as exc:
             self.idle = isinstance(exc.error, monty.MontyRuntimeError | monty.MontySyntaxError)
             raise
+        finally:
+            self._disarm()
         self.idle = True
         return snapshot.output
 
@@ -189,15 +197,16 @@ class Turn:
         self._worker.kill()
 
     def _engine(self, step: Callable[[], Any]) -> Any:
-        clock, watch = self.clock, signal_watch()
+        clock, watch = self.clock, self._watch
         since = time.monotonic()
-        timeout, reason = clock.wait(since, grace=True)
+        at, reason = clock.due(since, grace=True)
         with self._lock:
             if self._stopped is not None:
                 raise self._stopped
-            self._calls += 1
-            call = self._call = self._calls
-        alarm = None if timeout is None else alarms().arm(since + timeout, lambda: self._ring(call, reason, since))
+            self._in_engine = True
+            self._due = (at, reason, since)
+            if at < self._alarm_at:
+                self._arm(at)
         previous = None if watch is None else watch.enter(self)
         value, failed = None, None
         try:
@@ -205,11 +214,9 @@ class Turn:
         except Exception as exc:  # noqa: BLE001 - raised below, unless the call was ended from outside
             failed = exc
         finally:
-            self._call = 0
+            self._in_engine = False
             if watch is not None:
                 watch.leave(previous)
-            if alarm is not None:
-                alarms().disarm(alarm)
             clock.spent(since)
         if self._raised is not None:
             raise self._raised
@@ -219,21 +226,40 @@ class Turn:
             raise EngineFailed(failed)
         return value
 
-    def _ring(self, call: int, reason: str, since: float) -> None:
-        with self._lock:
-            if self._call == call:
-                clock = self.clock
-                seen = clock.guest_seconds + time.monotonic() - since if reason == "time_seconds" else clock.elapsed
-                self._end(TurnStopped(reason, seen))
+    def _arm(self, at: float) -> None:
+        """Under the lock."""
+        if self._alarm is not None:
+            self._alarms.disarm(self._alarm)
+        self._alarm, self._alarm_at = self._alarms.arm(at, self._ring), at
 
-    def _next(self, charged_since: float | None, *, grace: bool = False, until: float | None = None) -> tuple[Any, ...]:
+    def _disarm(self) -> None:
+        with self._lock:
+            if self._alarm is not None:
+                self._alarms.disarm(self._alarm)
+            self._alarm, self._alarm_at = None, math.inf
+
+    def _ring(self) -> None:
+        with self._lock:
+            self._alarm, self._alarm_at = None, math.inf
+            if not self._in_engine or self._stopped is not None:
+                return  # the next call sets another
+            at, reason, since = self._due
+            now = time.monotonic()
+            if now < at:
+                self._arm(at)
+                return
+            clock = self.clock
+            self._end(TurnStopped(reason, clock.guest_seconds + now - since if reason == "time_seconds" else clock.elapsed))
+
+    def _next(self, charged_since: float | None, *, until: float | None = None) -> tuple[Any, ...]:
         """The next event; ``("timer",)`` when ``until`` comes first."""
         while True:
-            timeout, reason = self.clock.wait(charged_since, grace)
-            if until is not None and (timeout is None or until - time.monotonic() < timeout):
-                timeout, reason = max(0.0, until - time.monotonic()), ""
+            at, reason = self.clock.due(charged_since, grace=False)
+            if until is not None and until < at:
+                at, reason = until, ""
+            timeout = None if at == math.inf else at - time.monotonic()
             try:
-                event = self._mailbox.get(timeout=timeout)
+                event = self._mailbox.get(timeout=None if timeout is None else max(0.0, timeout))
             except Empty:
                 if not reason:
                     return ("timer",)
@@ -282,7 +308,7 @@ class Turn:
         since = time.monotonic()
         guest_work = self._door.is_guest_work(call)
         if call.inline or (guest_work and not self._door.is_search(call)):
-            token = INSIDE.set(INSIDE.get() | {self._pool_id})
+            token = INSIDE.set(self._inside)
             try:
                 outcome = run_call(call)
             finally:
@@ -307,7 +333,7 @@ class Turn:
         def done(outcome: Outcome) -> None:
             mailbox.put((CALL, call_id, outcome))
 
-        token = INSIDE.set(INSIDE.get() | {self._pool_id})  # the pool copies the context
+        token = INSIDE.set(self._inside)  # the pool copies the context
         try:
             self._pool.submit(call, done)
         finally:

@@ -103,6 +103,8 @@ def arguments(value: Any, max_bytes: int | None) -> Any:
     Raises:
         ValueRefused: they hold a callable, or are too large.
     """
+    if not value:
+        return type(value)()
     return _plain_argument(plain_copy(value, max_bytes=max_bytes, fallback=_guest_object))
 
 
