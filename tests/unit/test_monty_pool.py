@@ -118,14 +118,28 @@ repl.exec("while True: pass")
 """
 
 
-def test_a_worker_dies_with_its_host_even_in_a_loop() -> None:
-    with subprocess.Popen([sys.executable, "-c", _LOOPING_HOST], stdout=subprocess.PIPE, text=True) as host:
+def test_a_worker_dies_with_its_host_even_in_a_loop_and_leaves_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", _LOOPING_HOST], stdout=subprocess.PIPE, text=True, env=environment) as host:
         assert host.stdout is not None
         pid = int(host.stdout.readline())
         time.sleep(0.2)
         host.send_signal(signal.SIGKILL)
         host.wait()
         assert gone(pid)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_this_process_cannot_be_seen_in_proc_the_script_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from rlm_sandbox.backends.monty import launch
+
+    def refused(name: str, text: str) -> str:
+        raise PermissionError(name)
+
+    monkeypatch.setattr(launch, "_in_memory", refused)
+    monkeypatch.setattr(launch, "_directory", lambda owner: tmp_path)
+    found = launch._launcher.__wrapped__(os.getpid())
+    assert found.path == str(tmp_path / "worker"), found.reason
 
 
 # ---- many sessions, few workers

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from rlm_sandbox import (
     Limits,
     Opaque,
     REPLProtocol,
+    SupportsFork,
     UnsendableValue,
     expose,
     open_repl,
@@ -167,6 +170,67 @@ def test_a_heap_too_large_to_dump_is_unprotected_and_alive(open_monty: Callable[
     assert repl.exec("big = ['%09d' % i + 'x' * 999_990 for i in range(300)]").outcome == "ok"
     result = repl.exec("len(big)")
     assert (result.value, result.protected) == ("300", False)
+    assert isinstance(repl, SupportsFork)
+    with pytest.raises(LimitExceeded):
+        repl.fork()
+    assert "<cell 3>" in (repl.exec("1 / 0").traceback or ""), "finding out that it is too large is no cell"
+    repl.exec("big = None")
+    assert repl.exec("1").protected, "the memory is free again"
+
+
+def test_a_kill_of_an_unprotected_session_costs_its_names_and_says_so(open_monty: Callable[..., REPLProtocol]) -> None:
+    repl = open_monty(memory_mb=512, time_seconds=5)
+    repl.exec("small = 1\nbig = ['%09d' % i + 'x' * 999_990 for i in range(300)]")
+    result = repl.exec("while True: pass", limits=Limits(time_seconds=0.1))
+    assert (result.protected, result.state, result.lost_names) == (False, "lost", ("big", "small"))
+    assert repl.exec("1").value == "1"
+
+
+def test_what_counts_is_the_size_of_the_dump_and_not_of_the_heap(open_monty: Callable[..., REPLProtocol]) -> None:
+    repl = open_monty(memory_mb=512, time_seconds=10)
+    assert repl.exec("numbers = [str(i) for i in range(2_500_000)]").outcome == "ok"  # 350 MB, a dump of 70
+    result = repl.exec("while True: pass", limits=Limits(time_seconds=0.1))
+    assert (result.protected, result.state) == (True, "restored")
+    assert repl.exec("numbers[-1]").value == "'2499999'"
+
+
+_HOSTILE_VALUES = """
+import asyncio, resource, sys
+from pathlib import Path
+from rlm_sandbox import Limits, open_repl
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+
+async def slow(*values):
+    await asyncio.sleep(0.2)
+
+with open_repl("monty", limits=Limits(memory_mb=128, time_seconds=10)) as repl:
+    repl.bind("f", lambda *values: None)
+    repl.bind("slow", slow)
+    before = peak()
+    for count in (600_000, 900_000, 1_200_000):
+        repl.exec(f"f([1.5] * {count})")
+        repl.exec(f"x = [float(i) for i in range({count})]", read=("x",))
+    for size in (60_000_000, 100_000_000):
+        repl.exec(f"f('x' * {size})")
+    repl.exec("import asyncio\\nx = 'x' * 40_000_000\\nr = await asyncio.gather(*[slow(x + str(i)) for i in range(6)])")
+    repl.exec("x = ['%09d' % i + 'x' * 999_990 for i in range(110)]")
+    repl.exec("1")
+    worker = resource.prlimit(repl._interpreter.worker.pid, resource.RLIMIT_DATA)[1] >> 20
+    print(peak() - before, worker, repl.capabilities.host_memory_worst_mb)
+"""
+
+
+def test_what_a_hostile_session_takes_on_the_host_is_within_what_is_declared() -> None:
+    done = subprocess.run([sys.executable, "-c", _HOSTILE_VALUES], capture_output=True, text=True, timeout=100, check=True)
+    host, worker, declared = map(int, done.stdout.split())
+    assert host > 50, "the values did reach the host"
+    assert host + worker <= declared
+
+
+def test_host_memory_without_a_limit_is_not_declared(open_monty: Callable[..., REPLProtocol]) -> None:
+    assert open_monty(memory_mb=None).capabilities.host_memory_worst_mb is None
 
 
 def test_a_host_object_returned_in_a_killed_cell_is_forgotten(open_monty: Callable[..., REPLProtocol]) -> None:

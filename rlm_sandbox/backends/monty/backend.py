@@ -7,13 +7,16 @@ from typing import Final
 import pydantic_monty as monty
 
 from ...errors import BackendUnavailable
+from ...limits import Limits
 from ...options import BackendOptions, MontyOptions
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
 from ...registry import Availability, SessionConfig
 from .launch import confined_launcher
 from .pool import shared_pool
 from .session import MontySession
-from .worker import KERNEL_LIMITS
+from .turn import MAX_PENDING_BYTES
+from .values import MAX_FRAME_BYTES
+from .worker import KERNEL_LIMITS, MAX_DUMP_BYTES, SLACK_BYTES, dump_room
 
 __all__ = ("MontyBackend",)
 
@@ -34,6 +37,8 @@ _ISOLATION: Final = {
         "no namespaces, no seccomp"
     ),
 }
+#: What an idle worker takes.
+_WORKER_MB: Final = 20
 _NOTES: Final = (
     "This is a subset of Python: no class inheritance, no `yield`, no decorators on methods, no `del` (write d.pop(k)).",
     "Methods are no values: write key=lambda w: w.lower(), not key=str.lower or key=items.count.",
@@ -97,6 +102,7 @@ class MontyBackend:
             recovery="dump" if config.recovery else "none",
             context_route="host_calls",
             fork=True,
+            host_memory_worst_mb=_worst_mb(config.limits, recovery=config.recovery),
             notes=_NOTES,
         )
 
@@ -127,6 +133,21 @@ class MontyBackend:
         except BaseException:
             slot.release()
             raise
+
+
+def _worst_mb(limits: Limits, *, recovery: bool) -> int | None:
+    """The most one session takes, worker and host together, but for a search process and checkpoints. None if not bounded.
+
+    The worker while its state is written; on the host the engine's copy of a crossing value (measured: 1.5 times what the
+    worker may hold), ours (the codec's and the answer's), arguments of pending calls, and the recovery point as it comes in.
+    """
+    if limits.memory_mb is None or not KERNEL_LIMITS:
+        return None
+    memory = limits.memory_mb
+    held = memory + (SLACK_BYTES >> 20)
+    dumps = (dump_room(memory << 20) >> 20) + 2 * min(memory, MAX_DUMP_BYTES >> 20) if recovery else 0
+    value = MAX_FRAME_BYTES if limits.value_bytes is None else min(limits.value_bytes, MAX_FRAME_BYTES)
+    return held + _WORKER_MB + dumps + held * 3 // 2 + ((4 * value + MAX_PENDING_BYTES) >> 20)
 
 
 def _options(options: BackendOptions | None) -> MontyOptions:

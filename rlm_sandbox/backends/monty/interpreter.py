@@ -17,7 +17,7 @@ from .failures import Ending, Failure, read_failure
 from .pool import Slot
 from .sealed import Sealed, seal, unseal
 from .turn import EngineFailed, Turn, TurnStopped
-from .worker import Worker
+from .worker import TooLarge, Worker
 
 __all__ = ("OWN_NAMES", "FeedEnded", "Interpreter", "Origin", "Point")
 
@@ -188,6 +188,7 @@ class Interpreter:
                 self.worker.kill()
                 return False
             self._point = point if exc is None else None
+            self._fed_by(exc)
         return self.worker.alive
 
     def present(self) -> Point | None:
@@ -202,10 +203,16 @@ class Interpreter:
         except Empty:
             worker.kill()
             return None
-        if exc is not None or point is None:
+        if exc is not None:
+            self._fed_by(exc)
             return None
         found: Point = point
         return found
+
+    def _fed_by(self, exc: BaseException | None) -> None:
+        """A state that was too large: tracebacks count the feeds."""
+        if isinstance(exc, TooLarge):
+            self._feeds += exc.feeds
 
     def restore(self) -> bool:
         """Replace the worker by one in the state of the recovery point. False if there is none or it cannot be loaded."""
@@ -286,9 +293,8 @@ class Interpreter:
         self._dumping = None
 
 
-def _point(worker: Worker, feeds: int, names: frozenset[str]) -> Point | None:
-    state = worker.dump()
-    return None if state is None else Point(seal(state), feeds, names)
+def _point(worker: Worker, feeds: int, names: frozenset[str]) -> Point:
+    return Point(seal(worker.dump()), feeds, names)
 
 
 def _nowhere(stream: Stream, text: str) -> None:

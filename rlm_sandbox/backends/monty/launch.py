@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import platform
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,6 +22,8 @@ __all__ = ("Launcher", "confined_launcher")
 
 _PACKAGE: Final = Path(__file__).parents[2]
 _TRY_SECONDS: Final = 20.0
+#: <linux/memfd.h>, from 6.3 on: a host may have made memory files not executable unless this is said.
+_MFD_EXEC: Final = 0x10
 _REMEDY: Final = (
     "allow user namespaces to unprivileged processes (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), "
     "or give up this layer with MontyOptions(confinement='language')"
@@ -48,26 +52,19 @@ class Launcher:
 def _launcher(parent: int) -> Launcher:
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return Launcher(None, "its workers can be confined by the kernel on x86-64 Linux only", _REMEDY)
-    directory = Path(tempfile.mkdtemp(prefix="rlm-sandbox-"))
-    try:
-        binary = os.path.realpath(find_monty_binary())
-        libraries = _libraries(binary)
-        program = directory / "worker.py"
-        program.write_text(_PROGRAM.format(package=str(_PACKAGE), binary=binary, libraries=libraries, parent=parent))
-        script = directory / "worker"
-        python = shlex.quote(sys.executable)
-        script.write_text(f'#!/bin/sh\nexec {python} -I -S -X utf8 {shlex.quote(str(program))} "$@"\n')
-        script.chmod(0o700)
-        tried = subprocess.run(
-            [str(script), "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRY_SECONDS, env={}, check=False
-        )
+    reason = ""
+    for write in (_in_memory, _in_a_directory):
+        try:
+            script = _script(write, parent)
+            tried = subprocess.run(
+                [script, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRY_SECONDS, env={}, check=False
+            )
+        except (OSError, subprocess.SubprocessError) as exc:
+            reason = reason or type(exc).__name__
+            continue
         if tried.returncode == 0:
-            _remove_at_exit(directory, parent)
-            return Launcher(str(script))
+            return Launcher(script)
         reason = tried.stderr[:300].decode("utf-8", "replace").strip() or f"exit status {tried.returncode}"
-    except (OSError, subprocess.SubprocessError) as exc:
-        reason = f"{type(exc).__name__}"
-    shutil.rmtree(directory, ignore_errors=True)
     return Launcher(None, f"its workers cannot be confined by the kernel here ({reason})", _REMEDY)
 
 
@@ -76,14 +73,50 @@ def confined_launcher() -> Launcher:
     return _launcher(os.getpid())
 
 
-def _remove_at_exit(directory: Path, owner: int) -> None:
-    import atexit
+def _script(write: Callable[[str, str], str], parent: int) -> str:
+    """Write what the engine is to execute; returns its path."""
+    binary = os.path.realpath(find_monty_binary())
+    program = write("program", _PROGRAM.format(package=str(_PACKAGE), binary=binary, libraries=_libraries(binary), parent=parent))
+    python = shlex.quote(sys.executable)
+    return write(
+        "worker",
+        # Only the trial's complaints are read: a worker that is started while the host ends has nobody to tell.
+        f'#!/bin/sh\n[ "$1" = --version ] || exec 2>/dev/null\nexec {python} -I -S -X utf8 {shlex.quote(program)} "$@"\n',
+    )
+
+
+def _in_memory(name: str, text: str) -> str:
+    """A memory file, which goes with this process however that ends. By way of /proc, which not every process can be seen in."""
+    if not hasattr(os, "memfd_create"):
+        raise OSError("this Python knows no memory files")
+    try:
+        fd = os.memfd_create(f"rlm-{name}", os.MFD_CLOEXEC | _MFD_EXEC)
+    except OSError:  # before Linux 6.3
+        fd = os.memfd_create(f"rlm-{name}", os.MFD_CLOEXEC)
+    with open(fd, "w", encoding="utf-8", closefd=False) as file:
+        file.write(text)
+    os.fchmod(fd, 0o700)
+    return f"/proc/{os.getpid()}/fd/{fd}"
+
+
+def _in_a_directory(name: str, text: str) -> str:
+    """A file in a directory of this process, which is removed when it ends; if it is killed, the directory is left behind."""
+    path = _directory(os.getpid()) / name
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o700)
+    return str(path)
+
+
+@functools.cache
+def _directory(owner: int) -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="rlm-sandbox-"))
 
     def remove() -> None:
         if os.getpid() == owner:
             shutil.rmtree(directory, ignore_errors=True)
 
     atexit.register(remove)
+    return directory
 
 
 def _libraries(binary: str) -> dict[str, str]:

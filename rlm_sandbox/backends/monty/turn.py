@@ -22,6 +22,7 @@ from ...bridge.handles import HostCall, Outcome, run_call
 from ...bridge.host_pool import HostPool
 from ...protocol import Feature
 from ...results import OutputChunk, Stream
+from . import values
 from .alarms import alarms, signal_watch
 from .host_calls import Answer, HostDoor
 from .pool import INSIDE
@@ -36,6 +37,8 @@ CALL: Final = "call"
 STOP: Final = "stop"
 #: What the interpreter has beyond its own time limit to say so itself, before it is killed.
 GRACE_SECONDS: Final = 0.25
+#: Arguments that the host holds for calls that have not ended. A call beyond it waits for others to end.
+MAX_PENDING_BYTES: Final = 64 << 20
 
 
 class TurnStopped(Exception):
@@ -134,6 +137,8 @@ class Turn:
         self._stopped: TurnStopped | None = None
         self._raised: BaseException | None = None
         self._waiting: dict[int, HostCall] = {}
+        self._held: dict[int, int] = {}
+        self._held_bytes = 0
         self._timers: dict[int, float] = {}
         self._settled: dict[int, Answer] = {}
         self.host_calls = 0
@@ -272,6 +277,7 @@ class Turn:
             if event[0] == CALL:
                 _, call_id, outcome = event
                 call = self._waiting.pop(call_id, None)
+                self._held_bytes -= self._held.pop(call_id, 0)
                 if call is not None:
                     self._settled[call_id] = self._door.answer(call, outcome)
             return event
@@ -303,6 +309,11 @@ class Turn:
         if self._budget is not None and self.host_calls > self._budget:
             raise TurnStopped("host_calls", self.host_calls)
         if call.is_async:
+            size = values.weight(call.args) + values.weight(call.kwargs)
+            while self._held and self._held_bytes + size > MAX_PENDING_BYTES:
+                self._next(None)
+            self._held[call_id] = size
+            self._held_bytes += size
             self._submit(call, call_id)
             return {"future": ...}
         since = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from ...bridge.handles import plain_copy
 from ...results import Opaque
 from ...wire.codec import HandleRef, OpaqueValue, ValueRefused
 
-__all__ = ("arguments", "from_guest", "to_guest")
+__all__ = ("arguments", "from_guest", "to_guest", "weight")
 
 #: A guest's function arrives as text, its only trace. A text that looks exactly so is refused as an argument.
 _CALLABLE_TEXT: Final = re.compile(
@@ -106,6 +107,21 @@ def arguments(value: Any, max_bytes: int | None) -> Any:
     if not value:
         return type(value)()
     return _plain_argument(plain_copy(value, max_bytes=max_bytes, fallback=_guest_object))
+
+
+def weight(value: Any) -> int:
+    """Bytes of memory that plain data takes, about."""
+    total, pending = 0, [value]
+    while pending:
+        item = pending.pop()
+        total += sys.getsizeof(item)
+        kind = type(item)
+        if kind in (list, tuple, set, frozenset):
+            pending += item
+        elif kind is dict:
+            pending += item.keys()
+            pending += item.values()
+    return total
 
 
 def _guest_object(value: Any) -> OpaqueValue:

@@ -23,15 +23,17 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ("KERNEL_LIMITS", "MAX_DUMP_BYTES", "Worker")
+__all__ = ("KERNEL_LIMITS", "MAX_DUMP_BYTES", "SLACK_BYTES", "TooLarge", "Worker", "dump_room")
 
 #: Kernel limits can be put on a worker from outside.
 KERNEL_LIMITS: Final = hasattr(resource, "prlimit")
-#: A recovery point crosses in one frame, which the engine caps at 256 MiB; a larger heap is not dumped.
-MAX_DUMP_BYTES: Final = 240 << 20
+#: A dump crosses in one frame, which the engine caps at this size; there is no option for it.
+MAX_DUMP_BYTES: Final = 256 << 20
+#: Heaps with more than this are not tried: their dump would not fit, and the attempt takes seconds.
+_TRIED_BYTES: Final = 3 * MAX_DUMP_BYTES
 _INTRINSICS: Final = Path(__file__).with_name("guest_intrinsics.py").read_text(encoding="utf-8")
 #: What the interpreter itself may take beyond the guest's heap.
-_SLACK_BYTES: Final = 32 << 20
+SLACK_BYTES: Final = 32 << 20
 #: Address space the allocator reserves without using it.
 _RESERVED_BYTES: Final = 256 << 20
 _OPEN_FILES: Final = 32
@@ -40,6 +42,19 @@ _OPEN_FILES: Final = 32
 _fresh: Final[dict[tuple[float | None, int | None], Sealed]] = {}
 
 _Calls = SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]] | None]
+
+
+class TooLarge(Exception):
+    """A state does not fit into a dump. ``feeds``: how often finding that out has fed the interpreter."""
+
+    def __init__(self, feeds: int) -> None:
+        super().__init__()
+        self.feeds = feeds
+
+
+def dump_room(memory_bytes: int) -> int:
+    """Bytes a worker may take beyond its heap while its state is written or loaded, when no cell runs."""
+    return 3 * min(memory_bytes, MAX_DUMP_BYTES) + SLACK_BYTES
 
 
 class Worker:
@@ -52,8 +67,8 @@ class Worker:
         memory = None if memory_mb is None else memory_mb << 20
         self._kind = (time_seconds, memory_mb)
         self._begun: Sealed | None = None
-        # Writing a recovery point takes up to two copies of the heap; the kernel holds the cells to `memory` meanwhile.
-        self._dump_room = 0 if memory is None else 2 * min(memory, MAX_DUMP_BYTES) + _SLACK_BYTES
+        # Writing a dump takes up to three times its size (measured: 2.1 to 3.0); the kernel holds the cells to `memory`.
+        self._dump_room = 0 if memory is None else dump_room(memory)
         self._memory = memory
         engine_memory = memory if memory is None or not KERNEL_LIMITS else memory + self._dump_room
         self.session = engine.checkout(
@@ -113,7 +128,7 @@ class Worker:
             resource.prlimit(pid, resource.RLIMIT_CPU, (seconds, seconds))
         if self._memory is not None:
             self._base_data = self._pages[5]
-            self._soft = self._memory + self._base_data + _SLACK_BYTES
+            self._soft = self._memory + self._base_data + SLACK_BYTES
             self._hard = self._soft + self._dump_room
             space = self._pages[0] + self._hard + _RESERVED_BYTES
             resource.prlimit(pid, resource.RLIMIT_AS, (space, space))
@@ -126,14 +141,24 @@ class Worker:
             threading.Thread(target=_serve, args=(self._calls,), name="rlm-sandbox-monty", daemon=True).start()
         self._calls.put((call, mailbox))
 
-    def dump(self) -> bytes | None:
-        """The interpreter's state, or None if it is too large."""
-        if not self._soft or self.pid is None:
-            return self.session.dump()
-        if self._statm()[5] - self._base_data > MAX_DUMP_BYTES:
-            return None
+    def dump(self) -> bytes:
+        """The interpreter's state.
+
+        Raises:
+            TooLarge: it does not fit into a dump; the interpreter has been fed once more.
+            monty.MontyError: the worker is broken.
+        """
+        if self._soft and self.pid is not None and self._statm()[5] - self._base_data > _TRIED_BYTES:
+            raise TooLarge(feeds=0)
         with self._room():
-            return self.session.dump()
+            try:
+                return self.session.dump()
+            except monty.MontyRuntimeError as exc:
+                if "exceeds the maximum" not in str(exc):
+                    raise
+                # The engine holds on to what it could not send until it is fed again.
+                self.session.feed_run("pass")
+                raise TooLarge(feeds=1) from None
 
     def load(self, state: bytes) -> None:
         """Take a state made by `dump` in this process."""
