@@ -87,14 +87,15 @@ class MontyOptions(BackendOptions):
 class RestrictedOptions(BackendOptions):
     """Options of the ``restricted`` backend.
 
-    ``process``: run the policy in a killable guest process, which enforces the limits, instead of in the host's own.
+    ``process``: run the policy in a killable guest process, which enforces the limits, instead of in the host's own: in a
+    guest of the jail where there is one, in a plain child elsewhere. ``"plain"``: in a plain child everywhere.
     """
 
-    process: bool = False
+    process: bool | Literal["plain"] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.process, bool):
-            raise TypeError("RestrictedOptions.process must be True or False")
+        if not isinstance(self.process, bool) and self.process != "plain":
+            raise TypeError("RestrictedOptions.process must be True, False or 'plain'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

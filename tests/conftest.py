@@ -10,13 +10,31 @@ from typing import Any, Protocol
 
 import pytest
 
-from rlm_sandbox import BackendUnavailable, Capabilities, Feature, Grade, Limits, REPLProtocol, available, backend_names, open_repl
+from rlm_sandbox import (
+    BackendUnavailable,
+    Capabilities,
+    Feature,
+    Grade,
+    Limits,
+    REPLProtocol,
+    RestrictedOptions,
+    available,
+    backend_names,
+    open_repl,
+)
 from rlm_sandbox.limits import PER_CELL, PER_SESSION
+from rlm_sandbox.options import BackendOptions
 from rlm_sandbox.registry import Availability, SessionConfig, load_backend
 
 REQUIRE = "RLM_SANDBOX_REQUIRE"
 #: A test of the contract that takes longer hangs; the time-out of pyproject.toml is for the rest.
 TIMEOUT_SECONDS = 60
+#: Options of a backend under which it is another thing, and passes the tests of the contract once more.
+VARIANTS: dict[str, tuple[str, BackendOptions | None]] = {
+    **{name: (name, None) for name in backend_names()},
+    "restricted-process": ("restricted", RestrictedOptions(process=True)),
+    "restricted-plain": ("restricted", RestrictedOptions(process="plain")),
+}
 
 
 class OpenSession(Protocol):
@@ -31,7 +49,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="run the tests of the contract on this backend only; may be repeated (default: every backend of the registry)",
+        help="run the tests of the contract on this backend only; may be repeated (default: every backend of the registry, and "
+        "restricted-process and restricted-plain)",
     )
 
 
@@ -43,9 +62,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "only_if(predicate, reason): skip on a backend whose capabilities do not satisfy the predicate"
     )
-    unknown = [name for name in config.getoption("--backend") if name not in backend_names()]
+    unknown = [name for name in config.getoption("--backend") if name not in VARIANTS]
     if unknown:
-        raise pytest.UsageError(f"--backend: there is no {', '.join(unknown)}; choose from {', '.join(backend_names())}")
+        raise pytest.UsageError(f"--backend: there is no {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -78,9 +97,31 @@ def require_usable(name: str, state: Availability) -> None:
         pytest.skip(message)
 
 
+def open_variant(
+    name: str,
+    *,
+    limits: Limits | None = None,
+    accept: Grade = Grade.HARD,
+    trusted: bool = False,
+    setup: str = "",
+    recovery: bool = True,
+) -> REPLProtocol:
+    """`open_repl` on a backend, or a variant of one."""
+    backend, options = VARIANTS[name]
+    return open_repl(backend, limits=limits, accept=accept, trusted=trusted, setup=setup, recovery=recovery, options=options)
+
+
+def declared_by(name: str, *, limits: Limits | None = None, setup: str = "", recovery: bool = True) -> Capabilities:
+    """What such a session declares."""
+    backend, options = VARIANTS[name]
+    chosen = limits if limits is not None else Limits()
+    return load_backend(backend).capabilities(SessionConfig(limits=chosen, setup=setup, recovery=recovery, options=options))
+
+
 def _probe(name: str) -> Availability:
+    backend, options = VARIANTS[name]
     try:
-        return load_backend(name).probe()
+        return load_backend(backend).probe(options)
     except BackendUnavailable as exc:
         return Availability(False, exc.reason, exc.remedy)
 
@@ -93,7 +134,7 @@ def _declared(name: str) -> Capabilities | None:
     if name not in _capabilities:
         try:
             found = _probe(name).usable
-            _capabilities[name] = load_backend(name).capabilities(SessionConfig()) if found else None
+            _capabilities[name] = declared_by(name) if found else None
         except Exception:  # the `backend` fixture meets the same error and reports it
             _capabilities[name] = None
     return _capabilities[name]
@@ -101,7 +142,7 @@ def _declared(name: str) -> Capabilities | None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        names = metafunc.config.getoption("--backend") or backend_names()
+        names = metafunc.config.getoption("--backend") or VARIANTS
         metafunc.parametrize("backend", list(dict.fromkeys(names)), indirect=True, scope="session")
 
 
@@ -133,17 +174,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
-    """The name of a usable backend."""
+    """The name of a usable backend, or of a variant."""
     name: str = request.param
     state = _probe(name)
-    require_usable(name, state)
+    require_usable(VARIANTS[name][0], state)
     return name
 
 
 @pytest.fixture
 def capabilities(backend: str) -> Capabilities:
     """What the backend under test declares."""
-    return load_backend(backend).capabilities(SessionConfig())
+    return declared_by(backend)
 
 
 def lowest_grade(capabilities: Capabilities, limits: Limits) -> Grade:
@@ -159,10 +200,9 @@ def open_session(backend: str) -> Iterator[OpenSession]:
 
     def open_one(*, limits: Limits | None = None, setup: str = "", recovery: bool = True) -> REPLProtocol:
         chosen = limits if limits is not None else Limits()
-        config = SessionConfig(limits=chosen, setup=setup, recovery=recovery)
-        accept = lowest_grade(load_backend(backend).capabilities(config), chosen)
+        accept = lowest_grade(declared_by(backend, limits=chosen, setup=setup, recovery=recovery), chosen)
         # Crash and interrupt are graded too: below HARD in either, trusted=True has to be said.
-        repl = open_repl(backend, limits=chosen, accept=accept, trusted=True, setup=setup, recovery=recovery)
+        repl = open_variant(backend, limits=chosen, accept=accept, trusted=True, setup=setup, recovery=recovery)
         opened.append(repl)
         return repl
 

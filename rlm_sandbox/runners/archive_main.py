@@ -1,4 +1,4 @@
-"""Entry point of the guest archive: ``python ARCHIVE launcher|zygote|container ...``. Becomes its ``__main__.py``."""
+"""Entry point of the guest archive: ``python ARCHIVE launcher|zygote|container|plain ...``. Becomes its ``__main__.py``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ def main() -> int:
     if program == "container":
         container = importlib.import_module("rlm_guest.runners.container")
         return int(container.main())
+    if program == "plain":
+        plain = importlib.import_module("rlm_guest.runners.plain_child")
+        return int(plain.main(*map(int, numbers)))
     return 2
 
 

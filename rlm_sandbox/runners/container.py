@@ -19,7 +19,8 @@ from ..confine import _syscalls_unsafe as raw
 from ..confine.steps import SessionConfinement, confine_in_container, confine_relay
 from . import control, supervisor, worker
 from .multiplex import HEADER, MESSAGE, STDERR, STDOUT, Multiplexer, StreamFailed
-from .zygote import ARENAS, PRELOADED, own_sizes
+from .preloaded import PRELOADED
+from .zygote import ARENAS, own_sizes
 
 __all__ = ("CONTEXTS", "main")
 

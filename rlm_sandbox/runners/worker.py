@@ -32,6 +32,8 @@ __all__ = ("main",)
 _MAX_FRAME: Final = 1 << 40
 #: Received into one buffer made at the start: a worker at its memory limit must still take requests.
 _CHUNK: Final = 1 << 16
+#: Linux; elsewhere a descriptor of a message is inherited by programs the worker starts, which it does not.
+_CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _THREAD_STACK: Final = 512 * 1024
 HELLO: Final = b"H"
 CANNOT: Final = b"F"
@@ -117,7 +119,7 @@ class _SocketTransport:
             frame = self._feed(reader)
             if frame is not None:
                 return frame
-            size, ancillary, _flags, _ = self._sock.recvmsg_into([self._buffer], socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+            size, ancillary, _flags, _ = self._sock.recvmsg_into([self._buffer], socket.CMSG_SPACE(4), _CLOEXEC)
             if not size:
                 os._exit(0)
             for level, kind, raw in ancillary:
@@ -194,7 +196,7 @@ class _Worker:
         _setpgid(0, 0)
         self._session.after_fork()
         self._birth.send(HELLO)
-        _, ancillary, _, _ = self._birth.recvmsg(16, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        _, ancillary, _, _ = self._birth.recvmsg(16, socket.CMSG_SPACE(4), _CLOEXEC)
         (data_fd,) = [
             struct.unpack("=i", raw[:4])[0]
             for level, kind, raw in ancillary

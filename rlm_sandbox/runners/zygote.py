@@ -18,18 +18,10 @@ from typing import Final
 from ..confine import _syscalls_unsafe as raw
 from ..confine.steps import SessionConfinement, confine_supervisor
 from . import control, supervisor, worker
+from .preloaded import PRELOADED
 
-__all__ = ("ARENAS", "PRELOADED", "main", "own_sizes")
+__all__ = ("ARENAS", "main", "own_sizes")
 
-#: Imported once, shared by every session: what model-written cells use most. Others load from the tree on demand.
-PRELOADED: Final = (
-    "abc", "array", "ast", "asyncio", "base64", "bisect", "builtins", "calendar", "codecs", "collections", "collections.abc",
-    "concurrent.futures", "concurrent.futures.thread", "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib",
-    "enum", "fnmatch", "fractions", "functools", "glob", "hashlib", "heapq", "html", "inspect", "io", "itertools", "json",
-    "keyword", "linecache", "locale", "math", "numbers", "operator", "os", "pathlib", "pprint", "queue", "random", "re",
-    "secrets", "shutil", "statistics", "string", "struct", "sys", "tempfile", "textwrap", "threading", "time", "timeit", "tokenize",
-    "traceback", "types", "typing", "unicodedata", "urllib.parse", "uuid", "warnings", "weakref", "zlib",
-)  # fmt: skip
 #: Two arenas and small stacks, so that 64 threads fit into the address space a session has.
 ARENAS: Final = 2
 

@@ -23,11 +23,10 @@ from rlm_sandbox import (
     SessionBusy,
     SessionClosed,
     UnsupportedLimit,
-    open_repl,
 )
 from rlm_sandbox.limits import PER_CELL, PER_SESSION
 
-from ..conftest import OpenSession, lowest_grade
+from ..conftest import VARIANTS, OpenSession, lowest_grade, open_variant
 from .support import MISSING, PATIENCE_SECONDS, assert_alive, enforces, needs, ok, run, within
 
 LOOP = "while True:\n    pass"
@@ -324,7 +323,7 @@ def test_sessions_run_side_by_side(open_session: OpenSession) -> None:
 
 def test_capabilities_are_complete(repl: REPLProtocol, backend: str) -> None:
     capabilities = repl.capabilities
-    assert capabilities.backend == backend
+    assert capabilities.backend == VARIANTS[backend][0]
     assert capabilities.isolation
     for name in (*PER_CELL, *PER_SESSION, "crash", "interrupt"):
         assert isinstance(capabilities.grade(name), Grade)
@@ -340,13 +339,13 @@ def test_limits_are_those_asked_for(open_session: OpenSession) -> None:
 
 def test_a_grade_below_the_accepted_one_is_refused_at_the_start(backend: str, capabilities: Capabilities) -> None:
     if lowest_grade(capabilities, Limits()) >= Grade.HARD:
-        with open_repl(backend, trusted=capabilities.crash < Grade.HARD or capabilities.interrupt < Grade.HARD) as repl:
+        with open_variant(backend, trusted=capabilities.crash < Grade.HARD or capabilities.interrupt < Grade.HARD) as repl:
             ok(repl.exec("x = 1"))
         return
     with pytest.raises(UnsupportedLimit):
-        open_repl(backend, trusted=True)
+        open_variant(backend, trusted=True)
     with pytest.raises(UnsupportedLimit):
-        open_repl(backend, accept=Grade.NONE)
+        open_variant(backend, accept=Grade.NONE)
 
 
 @pytest.mark.parametrize("code", ["while True: pass", "f()"], ids=["guest busy", "in a host call"])

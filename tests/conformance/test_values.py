@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from rlm_sandbox import Capabilities, Feature, GuestError, Opaque, REPLProtocol, SandboxError, UnsendableValue
 
-from ..conftest import OpenSession
+from ..conftest import OpenSession, open_variant
 from ..values import plain_values, same
 from .support import MISSING, needs, ok, run
 
@@ -276,9 +276,9 @@ def test_set_of_a_loop_is_unsendable(repl: REPLProtocol) -> None:
 @pytest.fixture(scope="module")
 def shared(backend: str) -> Iterator[REPLProtocol]:
     """One session for all of hypothesis' examples."""
-    from rlm_sandbox import Grade, open_repl
+    from rlm_sandbox import Grade
 
-    with open_repl(backend, accept=Grade.NONE, trusted=True) as repl:
+    with open_variant(backend, accept=Grade.NONE, trusted=True) as repl:
         yield repl
 
 

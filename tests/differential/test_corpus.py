@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import pytest
 
-from rlm_sandbox import BackendUnavailable, Context, Limits, backend_names, open_repl
-from rlm_sandbox.registry import SessionConfig, load_backend
+from rlm_sandbox import BackendUnavailable, Context, Limits, backend_names
+from rlm_sandbox.registry import load_backend
 
-from ..conftest import lowest_grade
+from ..conftest import VARIANTS, declared_by, lowest_grade, open_variant
 
 HERE: Final = Path(__file__).parent
 LIMITATIONS: Final = HERE.parents[1] / "docs" / "limitations"
@@ -61,8 +61,8 @@ def run(backend: str, case: Case) -> list[tuple[Any, ...]]:
     """What each cell of a case came to: outcome, type of the error, value, output, and the values read after the last."""
     context = Context.from_text(TEXT)
     results: list[tuple[Any, ...]] = []
-    accept = lowest_grade(load_backend(backend).capabilities(SessionConfig()), Limits())
-    with open_repl(backend, accept=accept, trusted=True) as repl:  # the cells are ours
+    accept = lowest_grade(declared_by(backend), Limits())
+    with open_variant(backend, accept=accept, trusted=True) as repl:  # the cells are ours
         repl.bind("llm_query", lambda prompt: f"answer {len(prompt)}")
         repl.bind("llm_batch", lambda prompts: [f"answer {len(prompt)}" for prompt in prompts])
         repl.bind("ask_async", _ask_async)
@@ -91,7 +91,7 @@ def reference(case: Case) -> list[tuple[Any, ...]]:
 
 def listed(backend: str) -> frozenset[str]:
     """The differences that a backend's limitations describe."""
-    path = LIMITATIONS / f"{backend}.md"
+    path = LIMITATIONS / f"{VARIANTS[backend][0]}.md"
     return frozenset(re.findall(r"<!-- differs: ([a-z-]+) -->", path.read_text(encoding="utf-8"))) if path.exists() else frozenset()
 
 

@@ -9,18 +9,15 @@ from typing import Final
 
 import RestrictedPython
 
-from ...errors import BackendUnavailable
 from ...options import BackendOptions, RestrictedOptions
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
 from ...registry import Availability, SessionConfig
 from .policy.modules import MODULE_NAMES
-from .process import inner_backend, open_process
+from .process import ISOLATION, open_process, probe_process, process_capabilities
 from .session import RestrictedSession
 
-__all__ = ("ISOLATION", "RestrictedBackend")
+__all__ = ("RestrictedBackend",)
 
-#: The sentence that doctor, README and SECURITY.md say too.
-ISOLATION: Final = "none against an adversary"
 _REMEDY: Final = "run: pip install 'rlm-sandbox[restricted]'"
 _LANGUAGE: Final = frozenset(
     {
@@ -44,31 +41,23 @@ class RestrictedBackend:
             return Availability(False, f"RestrictedPython knows CPython only, not {sys.implementation.name}", "use CPython")
         if found.partition(".")[0] != "9":
             return Availability(False, f"RestrictedPython {found} is not of version 9", _REMEDY)
-        if isinstance(options, RestrictedOptions) and options.process:
-            try:
-                inner_backend()
-            except BackendUnavailable as exc:
-                return Availability(False, exc.reason, exc.remedy)
+        chosen = _process(options)
+        if chosen is not None:
+            return probe_process(chosen)
         return Availability(True)
 
     def capabilities(self, config: SessionConfig) -> Capabilities:
         """What a session enforces."""
-        if _is_process(config):
-            try:
-                inner = inner_backend()
-            except BackendUnavailable:
-                pass
-            else:
-                declared = inner.capabilities(config)
-                return replace(
-                    declared,
-                    backend="restricted",
-                    isolation=f"that of the process it runs in: {declared.isolation}; of the policy itself: {ISOLATION}",
-                    language=_LANGUAGE,
-                    fork=False,
-                    guest_threads=False,
-                    notes=_NOTES,
-                )
+        chosen = _process(config.options)
+        if chosen is not None:
+            return replace(
+                process_capabilities(config, chosen),
+                backend="restricted",
+                language=_LANGUAGE,
+                fork=False,
+                guest_threads=False,
+                notes=_NOTES,
+            )
         return Capabilities(
             backend="restricted",
             isolation=ISOLATION,
@@ -98,10 +87,12 @@ class RestrictedBackend:
             BackendUnavailable: with ``process=True``, there is no process to run it in.
             GuestError, LimitExceeded: ``setup`` failed.
         """
-        if _is_process(config):
-            return open_process(config, self.capabilities(config))
+        chosen = _process(config.options)
+        if chosen is not None:
+            return open_process(config, chosen, self.capabilities(config))
         return RestrictedSession(config, self.capabilities(config))
 
 
-def _is_process(config: SessionConfig) -> bool:
-    return isinstance(config.options, RestrictedOptions) and config.options.process
+def _process(options: BackendOptions | None) -> RestrictedOptions | None:
+    """The options, if they ask for a process of its own."""
+    return options if isinstance(options, RestrictedOptions) and options.process else None

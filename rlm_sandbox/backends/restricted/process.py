@@ -1,58 +1,114 @@
 """``RestrictedOptions(process=True)``: the same policy in a killable guest process, by way of the registry.
 
-The guest is opened as an ordinary session whose ``setup`` brings the policy along as sources. What is enforced is enforced by
-that guest's own backend, from outside; the policy only decides what cells may write.
+The guest is opened as an ordinary session whose ``setup`` brings the policy along as sources: a session of the jail where there
+is one, else one over a plain child. What is enforced is enforced on that guest, from outside; the policy only decides what cells may write.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from dataclasses import replace
 from importlib import resources
 from types import TracebackType
 from typing import Final, Self
 
+from ...bridge.framed import FramedSession
 from ...errors import BackendUnavailable
 from ...limits import Limits
-from ...protocol import Capabilities, REPLProtocol
-from ...registry import Backend, SessionConfig, load_backend
+from ...options import RestrictedOptions
+from ...protocol import Capabilities, Grade, REPLProtocol
+from ...registry import Availability, Backend, SessionConfig, load_backend
+from .child import PlainGuest
 
-__all__ = ("ProcessSession", "inner_backend", "open_process")
+__all__ = ("ISOLATION", "ProcessSession", "open_process", "probe_process", "process_capabilities")
 
-#: Backends whose guest is our runner, best first.
-_INNER: Final = ("jail",)
+#: The sentence that doctor, README and SECURITY.md say too.
+ISOLATION: Final = "none against an adversary"
+#: The backend whose guest is our runner.
+_JAIL: Final = "jail"
+_PROBED_MB: Final = 64
+#: What the host spends on a child beside its memory: the interpreter itself.
+_OVERHEAD_MB: Final = 32
 _POLICY: Final = ("__init__", "transformer", "guards", "names", "modules", "runtime")
 #: What the policy needs of RestrictedPython: its list of known syntax.
 _RESTRICTED_PYTHON: Final = ("_types", "transformer")
 _MAX_BYTES: Final = 1 << 30
 
 
-def inner_backend() -> Backend:
-    """The backend whose guest runs the policy.
+def jail(options: RestrictedOptions) -> Backend | None:
+    """The backend whose guest runs the policy, None for a plain child."""
+    if options.process == "plain":
+        return None
+    backend = load_backend(_JAIL)
+    return backend if backend.probe().usable else None
 
-    Raises:
-        BackendUnavailable: none works here.
-    """
-    reasons = []
-    for name in _INNER:
-        backend = load_backend(name)
-        found = backend.probe()
-        if found.usable:
-            return backend
-        reasons.append(f"{name}: {found.reason} ({found.remedy})")
-    raise BackendUnavailable(
-        "restricted", f"process=True needs a killable guest, and there is none: {'; '.join(reasons)}", "run: rlm-sandbox doctor"
+
+def probe_process(options: RestrictedOptions) -> Availability:
+    """Whether there is a killable process, found by starting one."""
+    if jail(options) is not None:
+        return Availability(True)
+    if os.name != "posix":
+        return Availability(False, "process=True needs a POSIX system", "leave process=False")
+    try:
+        _try_plain_child()
+    except BackendUnavailable as exc:
+        return Availability(False, exc.reason, exc.remedy)
+    return Availability(True)
+
+
+@functools.cache
+def _try_plain_child() -> None:
+    """Once is enough where it works; each session's own child tries its limits again."""
+    PlainGuest(Limits(memory_mb=_PROBED_MB)).close()
+
+
+def process_capabilities(config: SessionConfig, options: RestrictedOptions) -> Capabilities:
+    """What that process enforces."""
+    inner = jail(options)
+    if inner is not None:
+        declared = inner.capabilities(config)
+        return replace(
+            declared, isolation=f"that of the process it runs in: {declared.isolation}; of the policy itself: {ISOLATION}"
+        )
+    memory = config.limits.memory_mb
+    return Capabilities(
+        backend="restricted",
+        isolation=(
+            f"{ISOLATION}: a process of the host's that can be killed and has limits of its own, and only the policy between it and "
+            "files and the network"
+        ),
+        time_seconds=Grade.HARD,
+        wall_seconds=Grade.HARD,
+        output_bytes=Grade.HARD,
+        host_calls=Grade.HARD,
+        value_bytes=Grade.HARD,
+        memory_mb=Grade.HARD,
+        processes=Grade.COOPERATIVE,
+        disk_mb=Grade.COOPERATIVE,
+        session_seconds=Grade.HARD,
+        network=Grade.COOPERATIVE,
+        crash=Grade.HARD,
+        interrupt=Grade.HARD,
+        soft_interrupt=True,
+        context_route="mapped",
+        host_memory_worst_mb=None if memory is None else memory + _OVERHEAD_MB,
     )
 
 
-def open_process(config: SessionConfig, capabilities: Capabilities) -> REPLProtocol:
+def open_process(config: SessionConfig, options: RestrictedOptions, capabilities: Capabilities) -> REPLProtocol:
     """Open a session of the policy in a guest process.
 
     Raises:
         BackendUnavailable: there is no guest.
         GuestError, LimitExceeded, GuestCrashed: ``config.setup`` failed.
     """
-    setup = guest_setup(config.setup, config.limits)
-    return ProcessSession(inner_backend().open(replace(config, setup=setup, options=None)), capabilities)
+    config = replace(config, setup=guest_setup(config.setup, config.limits), options=None)
+    inner = jail(options)
+    if inner is not None:
+        return ProcessSession(inner.open(config), capabilities)
+    config = replace(config, recovery=False)
+    return FramedSession(lambda: PlainGuest(config.limits), config, capabilities)
 
 
 def guest_setup(setup: str, limits: Limits) -> str:

@@ -90,7 +90,8 @@ class Policy:
             raise ValueError(f"a restricted cell may have {MAX_SOURCE_CHARS:,} characters; set() a long text instead")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the cell's source: not the host's concern
-            tree = ast.parse(source, name)
+            # Not by ast.parse(), whose own frame would be in the traceback of a syntax error.
+            tree: Any = compile(source, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
             policy = CellPolicy()
             tree = policy.visit(tree)
             if policy.refused:
