@@ -118,7 +118,8 @@ def declared_by(name: str, *, limits: Limits | None = None, setup: str = "", rec
     return load_backend(backend).capabilities(SessionConfig(limits=chosen, setup=setup, recovery=recovery, options=options))
 
 
-def _probe(name: str) -> Availability:
+def variant_state(name: str) -> Availability:
+    """Whether a backend, or a variant of one, works here."""
     backend, options = VARIANTS[name]
     try:
         return load_backend(backend).probe(options)
@@ -133,7 +134,7 @@ def _declared(name: str) -> Capabilities | None:
     """What the backend declares, or None where it does not work (its tests then skip or fail by themselves)."""
     if name not in _capabilities:
         try:
-            found = _probe(name).usable
+            found = variant_state(name).usable
             _capabilities[name] = declared_by(name) if found else None
         except Exception:  # the `backend` fixture meets the same error and reports it
             _capabilities[name] = None
@@ -176,7 +177,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of a usable backend, or of a variant."""
     name: str = request.param
-    state = _probe(name)
+    state = variant_state(name)
     require_usable(VARIANTS[name][0], state)
     return name
 

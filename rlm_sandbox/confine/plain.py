@@ -36,10 +36,11 @@ _NOBODY: Final = 65534
 
 @dataclass(frozen=True, slots=True)
 class PlainLimits:
-    """MiB of memory beside what the interpreter itself has, and seconds of processor time; None is unlimited."""
+    """MiB of memory beside what the interpreter itself has, and seconds of processor time; None is unlimited. ``parent``: the host."""
 
     memory_mb: int | None
     cpu_seconds: int | None
+    parent: int
 
 
 def _no_privileges(_limits: PlainLimits) -> None:
@@ -57,6 +58,14 @@ def _no_privileges(_limits: PlainLimits) -> None:
             raise PermissionError("root could not give up its rights")
     if sys.platform == "linux":
         raw.prctl(raw.PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _end_with_parent(limits: PlainLimits) -> None:
+    """After the change of id, which clears it. The parent is the thread that started this process: one that stays."""
+    if sys.platform == "linux":
+        raw.prctl(raw.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != limits.parent:
+        raise ProcessLookupError("the host has ended")
 
 
 def _memory(limits: PlainLimits) -> None:
@@ -125,6 +134,6 @@ def confine_plain(limits: PlainLimits) -> None:
     Raises:
         OSError, ValueError: a step failed, or a limit does not bind here; the caller must end the process.
     """
-    steps: list[Callable[[PlainLimits], None]] = [_no_privileges, _memory, _other_limits, _limits_bind]
+    steps: list[Callable[[PlainLimits], None]] = [_no_privileges, _end_with_parent, _memory, _other_limits, _limits_bind]
     for step in steps:
         step(limits)

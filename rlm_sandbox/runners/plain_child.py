@@ -1,7 +1,7 @@
 """A worker as a plain child of the host: no launcher, no supervisor, no namespaces. See `confine.plain` for what bounds it.
 
-It ends with its host: when the other end of its leash is closed, a thread of its own ends the process; if it is stopped just then, the
-kernel sends SIGHUP to its process group, which has lost its parent; if a call in C holds the interpreter, its processor time runs out.
+It ends with its host: Linux kills it then. Elsewhere a thread of its own ends the process when the other end of its leash is closed; if it is
+stopped just then, the kernel sends SIGHUP to its group, which has lost its parent; if a call in C holds the interpreter, its time runs out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _end_with(leash: socket.socket) -> None:
         os._exit(0)
 
 
-def main(data_fd: int, leash_fd: int, memory_mb: int, cpu_seconds: int) -> NoReturn:
+def main(data_fd: int, leash_fd: int, parent: int, memory_mb: int, cpu_seconds: int) -> NoReturn:
     """Be the worker of a session. Sizes below 0 are unlimited."""
     leash = socket.socket(fileno=leash_fd)
     for name in (*PRELOADED, *_LATE):
@@ -47,7 +47,7 @@ def main(data_fd: int, leash_fd: int, memory_mb: int, cpu_seconds: int) -> NoRet
     threading.stack_size(_LEASH_STACK)
     threading.Thread(target=_end_with, args=(leash,), daemon=True).start()
     try:
-        confine_plain(PlainLimits(memory_mb if memory_mb >= 0 else None, cpu_seconds if cpu_seconds >= 0 else None))
+        confine_plain(PlainLimits(memory_mb if memory_mb >= 0 else None, cpu_seconds if cpu_seconds >= 0 else None, parent))
     except (OSError, ValueError) as exc:
         leash.sendall(f"{getattr(exc, 'strerror', None) or exc}"[:500].encode())
         os._exit(1)

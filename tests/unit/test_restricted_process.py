@@ -7,35 +7,52 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlm_sandbox import BackendUnavailable, Context, Feature, Grade, GuestError, Limits, REPLProtocol, RestrictedOptions, open_repl
-from rlm_sandbox.registry import Availability, SessionConfig, load_backend
+from rlm_sandbox import Context, Feature, Grade, GuestError, Limits, REPLProtocol, UnsupportedLimit
+from rlm_sandbox.registry import Availability, load_backend
 
-from ..conftest import require_usable
+from ..conformance.support import assert_alive
+from ..conftest import declared_by, open_variant, require_usable, variant_state
 
-OPTIONS = RestrictedOptions(process=True)
+LIMITS = Limits(time_seconds=1, memory_mb=128)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _usable() -> None:
-    try:
-        state = load_backend("restricted").probe(OPTIONS)
-    except BackendUnavailable as exc:
-        state = Availability(False, exc.reason, exc.remedy)
-    require_usable("restricted", state)
+@pytest.fixture(params=["restricted-process", "restricted-plain"])
+def where(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    require_usable("restricted", variant_state(name))
+    return name
+
+
+def _open(where: str, setup: str) -> REPLProtocol:
+    if where == "restricted-process":  # no accept, no trusted: every limit is enforced from outside
+        return open_variant(where, limits=LIMITS, setup=setup)
+    return open_variant(where, limits=LIMITS, setup=setup, accept=Grade.COOPERATIVE, trusted=True)
 
 
 @pytest.fixture
-def repl() -> Iterator[REPLProtocol]:
-    # No accept, no trusted: every limit is enforced from outside.
-    with open_repl("restricted", limits=Limits(time_seconds=1, memory_mb=128), options=OPTIONS, setup="base = 10") as session:
+def repl(where: str) -> Iterator[REPLProtocol]:
+    with _open(where, "base = 10") as session:
         yield session
 
 
-def test_it_declares_what_its_guest_enforces() -> None:
-    declared = load_backend("restricted").capabilities(SessionConfig(options=OPTIONS))
+def test_it_declares_what_its_guest_enforces(where: str) -> None:
+    declared = declared_by(where)
     assert {declared.time_seconds, declared.memory_mb, declared.crash, declared.interrupt} == {Grade.HARD}
     assert not declared.has(Feature.CPYTHON)
     assert "none against an adversary" in declared.isolation
+
+
+def test_without_a_jail_it_is_a_plain_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_usable("restricted", variant_state("restricted-plain"))
+    monkeypatch.setattr(
+        type(load_backend("jail")), "probe", lambda self, options=None: Availability(False, "no namespaces", "none")
+    )
+    assert declared_by("restricted-process") == declared_by("restricted-plain")
+    with pytest.raises(UnsupportedLimit):
+        open_variant("restricted-process")
+    with open_variant("restricted-process", limits=LIMITS, accept=Grade.COOPERATIVE, trusted=True) as repl:
+        assert repl.exec("kept = 1.5 in range(10 ** 12)").outcome == "limit"
+        assert repl.exec("1 + 1").value == "2"
 
 
 def test_the_language_is_the_same(repl: REPLProtocol) -> None:
@@ -83,10 +100,10 @@ def test_the_holes_of_the_process_cost_only_their_cell(repl: REPLProtocol, code:
     assert repl.exec("kept = [1]").ok
     result = repl.exec(code)
     assert result.outcome in ("limit", "crashed")
-    assert repl.exec("kept").value == "[1]"
+    assert_alive(repl, result, kept=[1])
     assert repl.exec("import os").outcome == "error", "the recovery point is under the policy too"
 
 
-def test_an_error_in_setup_is_a_guest_error() -> None:
+def test_an_error_in_setup_is_a_guest_error(where: str) -> None:
     with pytest.raises(GuestError, match="os"):
-        open_repl("restricted", options=OPTIONS, setup="import os")
+        _open(where, "import os")

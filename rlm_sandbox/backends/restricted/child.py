@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -67,9 +68,10 @@ class PlainGuest:
                     on_error.callback(self._kill)
                     theirs.close()
                     self._await_ready(err_read)
-            except OSError as exc:
+            except (OSError, RuntimeError) as exc:  # RuntimeError: the host's interpreter is ending
+                why = exc.strerror if isinstance(exc, OSError) else exc
                 raise BackendUnavailable(
-                    _NAME, f"a child process could not be started ({exc.strerror})", "close sessions, or raise the limit: ulimit -n"
+                    _NAME, f"a child process could not be started ({why})", "close sessions, or raise the limit: ulimit -n"
                 ) from exc
             self.outputs: Mapping[int, Stream] = {out_read: "stdout", err_read: "stderr"}
             on_error.pop_all()
@@ -79,8 +81,18 @@ class PlainGuest:
         memory = -1 if self._limits.memory_mb is None else self._limits.memory_mb
         cpu = -1 if seconds is None else math.ceil(seconds) + _CPU_SLACK_SECONDS
         fds = (data.fileno(), leash.fileno())
-        return subprocess.Popen(
-            [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", archive, "plain", *map(str, (*fds, memory, cpu))],
+        return _starter.submit(
+            subprocess.Popen,
+            [
+                os.path.realpath(sys.executable),
+                "-I",
+                "-S",
+                "-X",
+                "utf8",
+                archive,
+                "plain",
+                *map(str, (*fds, os.getpid(), memory, cpu)),
+            ],
             env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
             stdin=subprocess.DEVNULL,
             stdout=out_fd,
@@ -88,7 +100,7 @@ class PlainGuest:
             pass_fds=fds,
             cwd="/",
             process_group=0,  # in the host's own session: the kernel ends a stopped group that has lost its parent
-        )
+        ).result()
 
     def _await_ready(self, err_fd: int) -> None:
         self._leash.settimeout(_START_SECONDS)
@@ -218,6 +230,19 @@ class PlainGuest:
         if self._owner == os.getpid():  # in a forked child of the host the guest is still the parent's
             self._kill()
         self._free()
+
+
+#: Children are started on a thread that stays as long as the host does: to Linux that thread is the parent a child dies with.
+_starter = ThreadPoolExecutor(1, "rlm-sandbox-starter")
+
+
+def _after_fork() -> None:
+    """In a forked child of the host that thread is not there."""
+    global _starter
+    _starter = ThreadPoolExecutor(1, "rlm-sandbox-starter")
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextlib.contextmanager
