@@ -123,6 +123,9 @@ class PlainGuest:
         """The host's end of the leash: it ends with the child."""
         return self._leash.fileno()
 
+    def restart_clock(self, seconds: float | None) -> None:
+        """See `Guest.restart_clock`. A child that waits is stopped, and uses nothing of its processor time."""
+
     def report(self) -> Report | None:
         """See `Guest.report`. Whatever comes on the leash after the start, an end or a byte, ends the child."""
         if not _is_readable(self._leash.fileno()):

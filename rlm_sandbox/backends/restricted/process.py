@@ -17,7 +17,7 @@ from ...bridge.framed import FramedSession
 from ...errors import BackendUnavailable
 from ...limits import Limits
 from ...options import RestrictedOptions
-from ...protocol import Capabilities, Grade, REPLProtocol
+from ...protocol import Capabilities, Grade, REPLProtocol, SupportsWaiting
 from ...registry import Availability, Backend, SessionConfig, load_backend
 from .child import PlainGuest
 
@@ -157,6 +157,10 @@ class ProcessSession:
     def limits(self) -> Limits:
         """The session's limits."""
         return self._inner.limits
+
+    def begin(self) -> bool:
+        """See `SupportsWaiting`."""
+        return not isinstance(self._inner, SupportsWaiting) or self._inner.begin()
 
     def __enter__(self) -> Self:
         return self
