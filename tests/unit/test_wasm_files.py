@@ -15,8 +15,8 @@ import pytest
 import wasmtime
 import wasmtime.component
 
-from rlm_sandbox import BackendUnavailable, WasmOptions
-from rlm_sandbox.backends.wasm import build, cache, component
+from rlm_sandbox import BackendUnavailable, WasmOptions, available, open_repl
+from rlm_sandbox.backends.wasm import build, cache, component, engine_version
 from rlm_sandbox.backends.wasm.cache import cache_directory, compiled_file
 from rlm_sandbox.backends.wasm.component import GuestComponent, find_component
 
@@ -157,6 +157,101 @@ def test_a_cache_open_to_others_is_refused(tmp_path: Path) -> None:
     directory.chmod(0o755)
     with pytest.raises(BackendUnavailable, match="chmod 700"):
         cache_directory(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_cache_that_others_could_exchange_is_refused(tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the check of an entry and its use, whoever may write above the directory could put code of his own there."""
+    above = tmp_path / "above"
+    above.mkdir()
+    above.chmod(mode)
+    monkeypatch.setattr(cache, "_is_private_group", lambda gid: False)
+    for named in (above, above / "below"):
+        with pytest.raises(BackendUnavailable, match=r"changed by others.*chmod go-w"):
+            cache_directory(named)
+    above.chmod(mode | 0o1000)  # as /tmp: only its owner renames what is in it
+    assert cache_directory(above).is_dir()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_cache_below_somebody_elses_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "theirs" / "mine").mkdir(parents=True)
+    os.chown(tmp_path / "theirs", 65534, 65534)
+    with pytest.raises(BackendUnavailable, match="changed by others"):
+        cache_directory(tmp_path / "theirs" / "mine")
+
+
+def test_a_link_to_a_cache_is_followed_before_it_is_checked(tmp_path: Path) -> None:
+    """A link could be pointed elsewhere later; the directory that was checked is the one that is used."""
+    cache_directory(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert cache_directory(tmp_path / "link") == tmp_path.resolve() / "real" / "wasm"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "wasm").symlink_to(tmp_path / "real" / "wasm")
+    with pytest.raises(BackendUnavailable, match="belongs to somebody else"):
+        cache_directory(tmp_path / "other")
+
+
+def test_an_entry_that_others_may_write_is_made_again(engine: Any, tmp_path: Path, compiled: list[str]) -> None:
+    compiled_file(engine, SOURCE, "c", tmp_path)
+    entry(tmp_path).chmod(0o666)
+    compiled_file(engine, SOURCE, "c", tmp_path)
+    assert len(compiled) == 2
+
+
+def test_a_disk_that_fills_up_is_one_clear_error(tmp_path: Path) -> None:
+    """A limit of file sizes fails a write in the middle, as a full disk does. Nothing half-written is left."""
+    program = (
+        "import pathlib, resource, sys, wasmtime\n"
+        "from rlm_sandbox import BackendUnavailable\n"
+        "from rlm_sandbox.backends.wasm.cache import compiled_file\n"
+        "from rlm_sandbox.backends.wasm.component import GuestComponent\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "engine = wasmtime.Engine(wasmtime.Config())\n"
+        "source = GuestComponent(bytes(wasmtime.wat2wasm('(component)')), 'digest', True)\n"
+        "try:\n"
+        "    compiled_file(engine, source, 'c', pathlib.Path(sys.argv[1]))\n"
+        "except BackendUnavailable as exc:\n"
+        "    print(exc)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be written (File too large)" in done.stdout
+    assert "RLM_SANDBOX_CACHE" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert [path.suffix for path in (tmp_path / "wasm").iterdir()] == [".lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_found_out_before_anything_is_compiled(tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match=r"no cache directory.*RLM_SANDBOX_CACHE"):
+        cache_directory(Path("/proc/self"))  # read-only, for root too
+
+
+# ---- the engine
+
+
+@pytest.mark.parametrize("found", ["49.0.0", "51.0.0", "50.1.0"])
+def test_an_engine_of_another_release_is_one_clear_error(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_version, "version", lambda name: found)
+    with pytest.raises(BackendUnavailable, match=rf"wasmtime {found} is installed.*pip install 'wasmtime==50.0.1'"):
+        open_repl("wasm")
+    assert not available()["wasm"].usable
+
+
+def test_no_engine_is_one_clear_error() -> None:
+    program = (
+        "import sys\n"
+        "sys.modules['wasmtime'] = None\n"
+        "from rlm_sandbox import BackendUnavailable, open_repl\n"
+        "try:\n"
+        "    open_repl('wasm')\n"
+        "except BackendUnavailable as exc:\n"
+        "    print(exc)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+    assert "cannot be loaded" in done.stdout
 
 
 def test_the_cache_is_the_users_unless_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """The user's cache of compiled guests. What is in it is native code that runs as the user: nothing foreign may get in.
 
-The directory belongs to the user and is closed to everybody else; each entry has a record of its digest beside it. An
-entry that is damaged, or not the user's own, is made again.
+The directory belongs to the user and is closed to everybody else, and nobody else can put another in its place, which the
+directories above it decide; each entry has a record of its digest beside it. An entry that is damaged, or not the user's own,
+is made again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import stat
 import sys
 import tempfile
@@ -54,24 +56,59 @@ def cache_directory(chosen: Path | None) -> Path:
     """The directory, made and checked.
 
     Raises:
-        BackendUnavailable: it cannot be made or written, or is open to others.
+        BackendUnavailable: it cannot be made or written, or others can change it or put another in its place.
     """
     named = chosen or (Path(os.environ[CACHE_VARIABLE]) if os.environ.get(CACHE_VARIABLE) else None)
     try:
         directory = (named or _default_directory()) / "wasm"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = directory.lstat()
+        if hasattr(os, "geteuid"):
+            directory = directory.parent.resolve() / directory.name  # what is checked is what is used: no link is left in it
+            _check_own(directory)
+            for above in directory.parents:
+                _check_above(above)
     except (OSError, RuntimeError) as exc:
         why = getattr(exc, "strerror", None) or str(exc)
         raise BackendUnavailable("wasm", f"there is no cache directory for compiled code ({why})", _REMEDY) from None
-    if hasattr(os, "geteuid"):
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise BackendUnavailable("wasm", f"the cache directory {str(directory)!r} belongs to somebody else", _REMEDY)
-        if stat.S_IMODE(found.st_mode) & 0o077:
-            raise BackendUnavailable(
-                "wasm", f"the cache directory {str(directory)!r} is open to others", f"run: chmod 700 {str(directory)!r}"
-            )
     return directory
+
+
+def _check_own(directory: Path) -> None:
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise BackendUnavailable("wasm", f"the cache directory {str(directory)!r} belongs to somebody else", _REMEDY)
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        raise BackendUnavailable(
+            "wasm", f"the cache directory {str(directory)!r} is open to others", f"run: chmod 700 {str(directory)!r}"
+        )
+
+
+def _check_above(directory: Path) -> None:
+    """Whoever may rename what is in it could have other code loaded than what was checked."""
+    found = directory.lstat()
+    # Where root is not mapped into this user namespace, what is root's looks like what is the root directory's owner's.
+    trusted = found.st_uid in (0, os.geteuid(), directory.joinpath("/").lstat().st_uid)
+    open_to_others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _is_private_group(found.st_gid))
+    if not trusted or (open_to_others and not found.st_mode & stat.S_ISVTX):
+        raise BackendUnavailable(
+            "wasm",
+            f"{str(directory)!r}, above the cache of compiled code, can be changed by others",
+            f"run: chmod go-w, or {_REMEDY}",
+        )
+
+
+def _is_private_group(gid: int) -> bool:
+    """Whether a group is the user's alone, as many systems make one for each user: those have home directories it may write."""
+    if gid == 0:
+        return True  # root's own
+    try:
+        import grp
+        import pwd
+
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
+    except (ImportError, KeyError):
+        return False
+    return group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 @contextmanager
@@ -95,14 +132,17 @@ def read_private(path: Path) -> bytes:
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(fd, "rb") as file:
         found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or (hasattr(os, "geteuid") and found.st_uid != os.geteuid()):
+        if not stat.S_ISREG(found.st_mode) or (
+            hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022)
+        ):
             raise PermissionError("not a file of this user's own")
         return file.read()
 
 
 def entry_path(source: GuestComponent, configuration: str, chosen: Path | None) -> Path:
     """Where the compiled code of a component is, if it is there. Raises as `cache_directory`."""
-    key = hashlib.sha256(f"{_ENGINE}\n{configuration}\n{source.digest}".encode()).hexdigest()[:24]
+    machine = f"{sys.platform} {platform.machine()}"  # a home directory may be seen by several
+    key = hashlib.sha256(f"{_ENGINE}\n{configuration}\n{machine}\n{source.digest}".encode()).hexdigest()[:24]
     return cache_directory(chosen) / f"guest-{key}.cwasm"
 
 
@@ -120,6 +160,7 @@ def compiled_file(engine: Engine, source: GuestComponent, configuration: str, ch
         found = _read_entry(engine, path)  # another process made it meanwhile
         if found is not None:
             return found
+        _check_writable(path.parent)  # before seconds are spent
         with progress("compiling the wasm guest for this machine, once"):
             component = Component(engine, source.data)
         _write_entry(path, bytes(component.serialize()))
@@ -139,9 +180,24 @@ def _read_entry(engine: Engine, path: Path) -> Component | None:
         return None
 
 
+def _check_writable(directory: Path) -> None:
+    with _write_errors(directory):
+        tempfile.TemporaryFile(dir=directory).close()
+
+
+@contextmanager
+def _write_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise BackendUnavailable(
+            "wasm", f"the cache directory {str(directory)!r} cannot be written ({exc.strerror})", _REMEDY
+        ) from None
+
+
 def _write_entry(path: Path, code: bytes) -> None:
     record = json.dumps({"digest": hashlib.sha256(code).hexdigest(), "wasmtime": _ENGINE}).encode()
-    try:
+    with _write_errors(path.parent):
         for target, data in ((path, code), (path.with_suffix(".json"), record)):
             fd, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
             try:
@@ -151,10 +207,6 @@ def _write_entry(path: Path, code: bytes) -> None:
             except BaseException:
                 Path(name).unlink(missing_ok=True)
                 raise
-    except OSError as exc:
-        raise BackendUnavailable(
-            "wasm", f"the cache directory {str(path.parent)!r} cannot be written ({exc.strerror})", _REMEDY
-        ) from None
 
 
 def _drop_old(kept: Path) -> None:
