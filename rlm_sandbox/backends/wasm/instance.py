@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Final
 
 from wasmtime import Store, WasmtimeError
@@ -49,6 +50,7 @@ class Instance:
         function = instance.get_func(self._store, "request")
         assert function is not None
         self._function = function
+        self._lock = threading.Lock()
 
     def limit_memory(self, megabytes: int | None) -> None:
         """Bound the guest's memory from now on."""
@@ -60,17 +62,24 @@ class Instance:
 
     def run(self, frame: str, peer: LivePeer | ReplayPeer) -> None:
         """Run one request on this thread, which must be a cell thread. See `start`."""
-        current.surroundings = self._surroundings
-        self._surroundings.peer = peer
         answer = why = None
-        self._loaded.clock.start()
+        # The engine's store is for one thread at a time, and does not check it: two would corrupt the host's memory.
+        if not self._lock.acquire(blocking=False):
+            peer.end(None, "it was still running its last request")
+            return
         try:
-            answer = capi.call_with_text(self._function, self._store, frame)
-        except BaseException as exc:  # noqa: BLE001 - the engine's errors, and what a damaged guest makes of a string
-            why = _reason(peer, exc)
-        self._loaded.clock.stop()
-        self._surroundings.peer = None  # before the end is told: the next request may begin on another thread at once
-        peer.end(answer, why)
+            current.surroundings = self._surroundings
+            self._surroundings.peer = peer
+            self._loaded.clock.start()
+            try:
+                answer = capi.call_with_text(self._function, self._store, frame)
+            except BaseException as exc:  # noqa: BLE001 - the engine's errors, and what a damaged guest makes of a string
+                why = _reason(peer, exc)
+            self._loaded.clock.stop()
+            self._surroundings.peer = None
+        finally:
+            self._lock.release()
+        peer.end(answer, why)  # last: the next request may begin on another thread at once
 
     def _must_stop(self) -> bool:
         peer = self._surroundings.peer

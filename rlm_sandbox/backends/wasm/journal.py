@@ -24,39 +24,46 @@ _ENTRY_BYTES: Final = 600
 
 @dataclass(slots=True)
 class Entry:
-    """One request. ``answers`` are the host's: frames, numbers (times), random bytes, in the order they were given."""
+    """One request. ``answers`` are the host's: frames, numbers (times), random bytes, in the order they were given.
+
+    ``room`` is how many bytes it may take. It is counted while the guest runs: one that asks for ever must not fill the
+    host's memory with what it was told. Beyond it nothing is kept.
+    """
 
     request: str
     context: Context | None = None
+    room: int = MAX_BYTES
     answers: list[str | int | bytes] = field(default_factory=list)
     suspensions: list[int] = field(default_factory=list)
     ended: int = 0
     #: The guest's time, without what it slept: a replay does not sleep.
     seconds: float = 0.0
     slept: float = 0.0
-    #: Numbers alone; the rest is counted when the entry is done.
-    _numbers: int = 0
     overflowed: bool = False
+    _told: int = 0
 
     def note_suspension(self, frame: str) -> None:
         """Remember what the guest asked."""
-        self.suspensions.append(hash(frame))
+        if self._has_room(_NUMBER_BYTES):
+            self.suspensions.append(hash(frame))
 
-    def note_number(self, value: int) -> None:
-        """Remember a time the guest read; a guest that does nothing else must not fill the host's memory."""
-        self._numbers += _NUMBER_BYTES
-        if self._numbers > MAX_BYTES:
+    def note(self, answer: str | int | bytes) -> None:
+        """Remember what the guest was told."""
+        if self._has_room(_NUMBER_BYTES if isinstance(answer, int) else sys.getsizeof(answer)):
+            self.answers.append(answer)
+
+    def _has_room(self, size: int) -> bool:
+        self._told += size
+        if not self.overflowed and self.size > self.room:
             self.overflowed = True
             self.answers.clear()
-            self._numbers = 0
-        if not self.overflowed:
-            self.answers.append(value)
+            self.suspensions.clear()
+        return not self.overflowed
 
     @property
     def size(self) -> int:
         """About how many bytes it takes."""
-        told = sum(sys.getsizeof(item) for item in self.answers if not isinstance(item, int))
-        return _ENTRY_BYTES + sys.getsizeof(self.request) + self._numbers + told + 16 * len(self.suspensions)
+        return _ENTRY_BYTES + sys.getsizeof(self.request) + self._told
 
 
 class Journal:
@@ -85,6 +92,11 @@ class Journal:
         """What the entries from a position on took the guest."""
         return self._total(len(self._totals))[0] - self._total(position)[0]
 
+    @property
+    def room(self) -> int:
+        """How many bytes the next entry may take."""
+        return max(0, MAX_BYTES - self._total(len(self._totals))[1])
+
     def drop_since(self, position: int) -> None:
         """Forget the entries from a position on: what they did is undone."""
         del self._entries[position:], self._totals[position:]
@@ -95,7 +107,7 @@ class Journal:
             return
         seconds, size = self._total(len(self._totals))
         size += entry.size
-        if entry.overflowed or size > MAX_BYTES:
+        if entry.overflowed or entry.size > self.room:
             self.complete = False
             self.drop_since(0)
             return

@@ -103,7 +103,7 @@ class LivePeer:
         answer = self._answers.get()
         if answer is None:
             raise Stopped
-        self.entry.answers.append(answer)
+        self.entry.note(answer)
         return answer
 
     def write_out(self, descriptor: int, raw: bool, text: str) -> None:
@@ -126,13 +126,13 @@ class LivePeer:
     def number(self, read: Callable[[], int]) -> int:
         self._check()
         value = read()
-        self.entry.note_number(value)
+        self.entry.note(value)
         return value
 
     def random_bytes(self, count: int) -> bytes:
         self._check()
         data = secrets.token_bytes(count)
-        self.entry.answers.append(data)
+        self.entry.note(data)
         return data
 
     def sleep_until(self, now: Callable[[], int], when: int) -> int:
@@ -146,7 +146,7 @@ class LivePeer:
                 self._changed.wait(min((when - value) / 1e9, threading.TIMEOUT_MAX))
             value = now()
         self.entry.slept += (value - began) / 1e9
-        self.entry.note_number(value)
+        self.entry.note(value)
         return value
 
     def _check(self) -> None:

@@ -60,7 +60,7 @@ class Replay:
             self._follower = None  # without one a recovery takes longer, and says so
 
     def recover(self) -> Instance | None:
-        """An instance in the journal's state; None if it cannot be had in time, or came to something else.
+        """An instance in the journal's state, which from now on has no follower; None if it cannot be had in time, or came to something else.
 
         Raises:
             BackendUnavailable: no instance could be made.
@@ -71,10 +71,7 @@ class Replay:
         if follower is None or follower.failed:
             follower = _Follower(self._new_instance(), self.journal)
         follower.catch_up()
-        instance = follower.finish(RECOVERY_SECONDS)
-        if instance is not None:
-            self.follow()
-        return instance
+        return follower.finish(RECOVERY_SECONDS)
 
     def drop_since(self, position: int) -> None:
         """Take back the entries from a position on."""

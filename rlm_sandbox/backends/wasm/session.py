@@ -72,7 +72,7 @@ class WasmSession(Session):
         self, limits: Limits, capture: Capture, message: Message, attachments: list[Attachment], beside: Any, charged: float
     ) -> TurnEnd:
         self._mark = self._handles.mark()
-        self._peer = peer = LivePeer(Entry("", beside if isinstance(beside, Context) else None))
+        self._peer = peer = LivePeer(Entry("", beside if isinstance(beside, Context) else None, self._replay.journal.room))
         turn = WasmTurn(self._instance, peer, self._handles, self._pool, limits, capture, self._is_interrupted, self._until)
         end = turn.run(message, attachments)
         self._peer = None
@@ -177,6 +177,7 @@ class WasmSession(Session):
             instance = self._replay.recover() if self._config.recovery else None
             if instance is not None:
                 self._instance, self._out_of_step = instance, False
+                self._replay.follow()  # only now: the dead instance's memory is free
                 return "restored", (), end.death
             self._begin_anew()
         except (GuestLost, BackendUnavailable):  # later calls say so; this one has its result

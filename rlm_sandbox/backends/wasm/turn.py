@@ -15,7 +15,7 @@ from ...bridge.host_pool import HostPool
 from ...limits import Limits
 from ...results import Stream
 from ...wire.codec import Attachment, WireError
-from ...wire.messages import FRAME_OVERHEAD, Message, dump_message
+from ...wire.messages import FRAME_OVERHEAD, Done, Message, Suspend, dump_message, load_message
 from ...wire.strings import dump_string, load_string
 from .instance import Instance
 from .peer import LivePeer
@@ -86,16 +86,19 @@ class WasmTurn(Exchange):
             return None
         self._take_output()
         if self._peer.ended is not None:
-            return self._take(self._peer.ended)
+            return self._take(self._peer.ended, returned=True)
         if self._peer.suspended is not None:
             frame, self._peer.suspended = self._peer.suspended, None
-            return self._take(frame)
+            return self._take(frame, returned=False)
         if self._peer.failed is not None:
             return TurnEnd("died", death=Death(why=self._peer.failed))
         return None
 
-    def _take(self, frame: str) -> TurnEnd | None:
+    def _take(self, frame: str, *, returned: bool) -> TurnEnd | None:
         header, attachments = load_string(frame, max_chars=self._max_chars)
+        # An end that is only said, by a guest that goes on, would have the next request run in the same instance beside it.
+        if returned is not (load_message(header, (Done, Suspend)).__class__ is Done):
+            raise WireError("it said that its turn is over and went on" if not returned else "it returned and did not say so")
         self._watchdog.soft = True
         return self.on_message(header, attachments, len(frame))
 
