@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rlm_sandbox import Context, Limits, REPLProtocol, UnsupportedLimit, open_repl
+from rlm_sandbox.backends.wasm.session import WasmSession
 from rlm_sandbox.registry import load_backend
 
 from ..conftest import require_usable
@@ -206,6 +207,21 @@ def test_a_journal_too_long_to_run_again_in_time_is_followed() -> None:
         # The next follower has it all to do again; meanwhile the session says what it cannot promise.
         wait_for(lambda: session.exec("0").protected)
         assert session.exec(KILL).state == "restored"
+
+
+def test_the_hundredth_cell_has_no_more_to_run_again_than_the_tenth() -> None:
+    with open_repl("wasm") as session:
+        assert isinstance(session, WasmSession)
+        replay = session._replay
+        unfollowed = []
+        for n in range(1, 101):
+            assert session.exec(f"v{n} = [{n}]\ndef f{n}():\n    return v{n}").ok
+            if n in (10, 100):
+                wait_for(lambda: len(replay.journal) - replay._followed() <= 10)
+                unfollowed.append(len(replay.journal) - replay._followed())
+        assert max(unfollowed) <= 10
+        assert session.exec(KILL).state == "restored"
+        assert session.exec("[f1(), f50(), f100()]").value == "[[1], [50], [100]]"
 
 
 def wait_for(condition: Any, seconds: float = 40.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -16,6 +17,7 @@ _RELEASE: Final = "50.0"
 ENGINE_REMEDY: Final = f"run: pip install '{_PACKAGE}=={_RELEASE}.1'"
 
 
+@cache  # it is asked for with every session, and looking takes a millisecond
 def check_engine() -> str:
     """The installed version.
 

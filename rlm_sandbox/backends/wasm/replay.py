@@ -23,9 +23,10 @@ __all__ = ("RECOVERY_SECONDS", "Replay")
 
 #: What a recovery may take; the cells' own limits do not count here.
 RECOVERY_SECONDS: Final = 1.9
-#: A journal that would take longer than this, or has more entries, is followed.
-_FOLLOW_SECONDS: Final = 0.5
-_FOLLOW_ENTRIES: Final = 200
+#: Once more than this is to be run again, by time or by number, the follower runs it: so a recovery takes as long after the
+#: hundredth cell as after the tenth.
+_FOLLOW_SECONDS: Final = 0.1
+_FOLLOW_ENTRIES: Final = 8
 #: A machine may be this much slower at a replay than it was the first time.
 _SLACK: Final = 1.5
 
