@@ -2,7 +2,8 @@
 
 The first requests of an instance are the same for all, and whatever it is told of times and random numbers is what the
 first instance of this process was told: so all instances are alike, which a replay relies on. A session's own random
-numbers are drawn when it is configured.
+numbers are drawn when it is configured. That is done ahead, too, with what the last session was configured with; the
+entry of that request begins the journal of the session that takes the instance.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from ...errors import BackendUnavailable
 from ...wire.messages import Configure, Exec, Message, dump_message
 from ...wire.strings import dump_string
 from .engine import LoadedEngine
+from .idle import IdleWorker
 from .instance import Instance
 from .journal import Entry
 from .peer import LivePeer, ReplayPeer
 
 __all__ = ("InstancePool",)
 
-_READY: Final = 2
+#: Configured for a session, and bare for a recovery.
+_CONFIGURED: Final = 2
+_BARE: Final = 1
 #: After one was taken: its taker needs the processor more.
 _PAUSE_SECONDS: Final = 0.02
 #: They touch what the start of a session and every cell touch.
@@ -39,20 +43,44 @@ class InstancePool:
 
     def __init__(self, loaded: LoadedEngine) -> None:
         self._loaded = loaded
-        self._ready: deque[Instance] = deque()
+        self.idle = IdleWorker()
+        self._configured: deque[tuple[Instance, Entry]] = deque()
+        self._bare: deque[Instance] = deque()
+        self._configuration = ""
         self._taken = threading.Event()
         self._recording = threading.Lock()
         self._first: list[Entry] = []
         threading.Thread(target=self._fill, name="rlm-sandbox-wasm-pool", daemon=True).start()
 
-    def take(self) -> Instance:
-        """An instance: a ready one, else a new one.
+    def take(self, configuration: str) -> tuple[Instance, Entry | None]:
+        """An instance for a session; with it, if it is configured already, the entry of that request.
+
+        Args:
+            configuration: the frame a session will be configured with, empty if none can be ahead.
+
+        Raises:
+            BackendUnavailable: there is no address space for it.
+        """
+        if not configuration:
+            return self.take_bare(), None
+        self._configuration = configuration
+        try:
+            while True:
+                instance, entry = self._configured.popleft()
+                self._taken.set()
+                if entry.request == configuration:
+                    return instance, entry
+        except IndexError:
+            return self.take_bare(), None
+
+    def take_bare(self) -> Instance:
+        """An instance that only the first requests were run in: a ready one, else a new one.
 
         Raises:
             BackendUnavailable: there is no address space for it.
         """
         try:
-            instance = self._ready.popleft()
+            instance = self._bare.popleft()
         except IndexError:
             instance = self._make()
         self._taken.set()
@@ -64,8 +92,11 @@ class InstancePool:
             time.sleep(_PAUSE_SECONDS)
             self._taken.clear()
             try:
-                while len(self._ready) < _READY:
-                    self._ready.append(self._make())
+                while len(self._bare) < _BARE:
+                    self._bare.append(self._make())
+                while self._configuration and len(self._configured) < _CONFIGURED:
+                    instance = self._make()
+                    self._configured.append((instance, _record(instance, self._configuration)))
             except BackendUnavailable:
                 continue  # whoever needs one is told
 
@@ -73,7 +104,7 @@ class InstancePool:
         instance = Instance(self._loaded)
         with self._recording:
             if not self._first:
-                self._first = [_record(instance, message) for message in _FIRST]
+                self._first = [_record(instance, dump_string(dump_message(message), [], max_chars=1 << 20)) for message in _FIRST]
                 return instance
         for entry in self._first:
             peer = ReplayPeer(entry)
@@ -83,9 +114,9 @@ class InstancePool:
         return instance
 
 
-def _record(instance: Instance, message: Message) -> Entry:
-    """Run one of the first requests of the first instance."""
-    entry = Entry(dump_string(dump_message(message), [], max_chars=1 << 20))
+def _record(instance: Instance, request: str) -> Entry:
+    """Run a request of ours that needs no host."""
+    entry = Entry(request)
     peer = LivePeer(entry)
     instance.start(entry.request, peer)
     try:

@@ -8,12 +8,14 @@ that it could get wrong; it costs the cells' time once more, and an instance's m
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from typing import Final
 
 from ...errors import BackendUnavailable
 from .cell_threads import run_in_cell_thread
+from .idle import IDLE_SECONDS
 from .instance import Instance
 from .journal import Journal
 from .peer import ReplayPeer
@@ -23,10 +25,13 @@ __all__ = ("RECOVERY_SECONDS", "Replay")
 
 #: What a recovery may take; the cells' own limits do not count here.
 RECOVERY_SECONDS: Final = 1.9
-#: Once more than this is to be run again, by time or by number, the follower runs it: so a recovery takes as long after the
-#: hundredth cell as after the tenth.
+#: Once more than this is to be run again, by time or by number, the follower runs it as soon as the session is idle: so a
+#: recovery takes as long after the hundredth cell as after the tenth.
 _FOLLOW_SECONDS: Final = 0.1
 _FOLLOW_ENTRIES: Final = 8
+#: Beyond this it does not wait for that.
+_PRESSING_SECONDS: Final = 0.5
+_PRESSING_ENTRIES: Final = 400
 #: A machine may be this much slower at a replay than it was the first time.
 _SLACK: Final = 1.5
 
@@ -38,27 +43,50 @@ class Replay:
         self._instances = instances
         self._memory_mb = memory_mb
         self.journal = Journal()
+        self.busy_until = 0.0
         self._follower: _Follower | None = None
+        self._asked = False
+        self._closed = False
+        #: The idle worker starts followers, too.
+        self._lock = threading.Lock()
 
     @property
     def protected(self) -> bool:
         """Whether the state of now can be had again in time."""
         return self.journal.complete and self.journal.seconds_since(self._followed()) * _SLACK <= RECOVERY_SECONDS
 
+    def cell_begins(self) -> None:
+        """Nothing is done in the background while a cell runs, if it can wait."""
+        self.busy_until = math.inf
+
     def follow(self) -> None:
-        """Have the follower catch up, in the background, if there is enough for it to do."""
-        position = self._followed()
-        journal = self.journal
-        if not journal.complete or (
-            journal.seconds_since(position) <= _FOLLOW_SECONDS and len(journal) - position <= _FOLLOW_ENTRIES
-        ):
-            return
-        try:
-            if self._follower is None or self._follower.failed:
-                self._follower = _Follower(self._new_instance(), journal)
-            self._follower.catch_up()
-        except BackendUnavailable:
-            self._follower = None  # without one a recovery takes longer, and says so
+        """A request ended: have the follower catch up, if there is enough for it to do."""
+        self.busy_until = time.monotonic() + IDLE_SECONDS
+        if self._behind(_PRESSING_SECONDS, _PRESSING_ENTRIES):
+            self._catch_up()
+        elif not self._asked and self._behind(_FOLLOW_SECONDS, _FOLLOW_ENTRIES):
+            self._asked = True
+            self._instances.idle.ask(self)
+
+    def when_idle(self) -> None:
+        """On the idle worker's thread."""
+        self._asked = False
+        self._catch_up()
+
+    def _behind(self, seconds: float, entries: int) -> bool:
+        journal, position = self.journal, self._followed()
+        return journal.complete and (len(journal) - position > entries or journal.seconds_since(position) > seconds)
+
+    def _catch_up(self) -> None:
+        with self._lock:
+            if self._closed or not self.journal.complete:
+                return
+            try:
+                if self._follower is None or self._follower.failed:
+                    self._follower = _Follower(self._new_instance(), self.journal)
+                self._follower.catch_up()
+            except BackendUnavailable:
+                self._follower = None  # without one a recovery takes longer, and says so
 
     def recover(self) -> Instance | None:
         """An instance in the journal's state, which from now on has no follower; None if it cannot be had in time, or came to something else.
@@ -66,7 +94,8 @@ class Replay:
         Raises:
             BackendUnavailable: no instance could be made.
         """
-        follower, self._follower = self._follower, None
+        with self._lock:
+            follower, self._follower = self._follower, None
         if not self.journal.complete:
             return None
         if follower is None or follower.failed:
@@ -76,26 +105,34 @@ class Replay:
 
     def drop_since(self, position: int) -> None:
         """Take back the entries from a position on."""
-        self.close()  # it may have run some of them already
-        self.journal.drop_since(position)
+        with self._lock:
+            self._stop_follower()  # it may have run some of them already
+            self.journal.drop_since(position)
 
     def forget(self) -> None:
         """Begin a new journal."""
-        self.close()
-        self.journal = Journal()
+        with self._lock:
+            self._stop_follower()
+            self.journal = Journal()
 
     def close(self) -> None:
-        """End the follower."""
+        """End the follower; there will be no other."""
+        with self._lock:
+            self._closed = True
+            self._stop_follower()
+
+    def _stop_follower(self) -> None:
         follower, self._follower = self._follower, None
         if follower is not None:
             follower.stop()
 
     def _followed(self) -> int:
         """How many entries need not be run any more at a recovery."""
-        return 0 if self._follower is None or self._follower.failed else self._follower.position
+        follower = self._follower
+        return 0 if follower is None or follower.failed else follower.position
 
     def _new_instance(self) -> Instance:
-        instance = self._instances.take()
+        instance = self._instances.take_bare()
         instance.limit_memory(self._memory_mb)
         return instance
 

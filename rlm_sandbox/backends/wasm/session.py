@@ -22,7 +22,8 @@ from ...protocol import Capabilities
 from ...registry import SessionConfig
 from ...results import ExecResult, LimitHit, State
 from ...wire.codec import Attachment, Encoder
-from ...wire.messages import BindText, Exec, Message
+from ...wire.messages import BindText, Configure, Exec, Message, dump_message
+from ...wire.strings import dump_string
 from .journal import Entry
 from .peer import LivePeer
 from .pool import InstancePool
@@ -50,8 +51,8 @@ class WasmSession(Session):
             GuestError, LimitExceeded, GuestCrashed: ``config.setup`` failed.
         """
         self._instances = instances
-        self._instance = instances.take()
-        self._instance.limit_memory(config.limits.memory_mb)
+        self._configuration = _configuration(config)
+        self._take_instance(config.limits.memory_mb)
         self._replay = Replay(instances, config.limits.memory_mb)
         self._mark = 0
         self._contexts: dict[int, BoundContext] = {}
@@ -65,6 +66,17 @@ class WasmSession(Session):
         except BaseException:
             self.close()
             raise
+
+    def _take_instance(self, memory_mb: int | None) -> None:
+        self._instance, self._configured = self._instances.take(self._configuration)
+        self._instance.limit_memory(memory_mb)
+
+    def _configure(self) -> None:
+        entry, self._configured = self._configured, None
+        if entry is None:
+            super()._configure()
+        elif self._config.recovery:
+            self._replay.journal.add(entry)
 
     # ---- turns
 
@@ -92,10 +104,11 @@ class WasmSession(Session):
             state, lost, _ = self._recover(TurnEnd("died", death=Death(why="its last turn was abandoned")))
             self._pending_state, self._pending_lost = worse(self._pending_state, state), (*self._pending_lost, *lost)
         self._check_open()
+        self._replay.cell_begins()
         self._protected = self._config.recovery and self._replay.protected
 
     def _turn_ended(self) -> None:
-        """Nothing of the guest runs between turns."""
+        self._cell_ended(None)
 
     def _cell_ended(self, cpu_seconds: float | None) -> None:
         if self._config.recovery:
@@ -195,8 +208,7 @@ class WasmSession(Session):
             raise SessionClosed(f"{self._close_reason}; open a new one") from exc
 
     def _begin_anew(self) -> None:
-        self._instance = self._instances.take()
-        self._instance.limit_memory(self._limits.memory_mb)
+        self._take_instance(self._limits.memory_mb)
         self._out_of_step = False
         self._replay.forget()
         self._absent_texts.clear()
@@ -210,8 +222,14 @@ class WasmSession(Session):
 
     def _free_guest(self) -> None:
         self._close_contexts()
-        self._replay.forget()
+        self._replay.close()
         del self._instance
+
+
+def _configuration(config: SessionConfig) -> str:
+    """The frame a session without a setup is configured with; no instance is configured ahead for one with a setup."""
+    message = Configure(config.limits.output_bytes, config.limits.value_bytes, "")
+    return "" if config.setup else dump_string(dump_message(message), [], max_chars=1 << 20)
 
 
 def _no_text(exc: GuestError | LimitExceeded | GuestCrashed | ProtocolViolation, limits: Limits) -> ExecResult:

@@ -15,7 +15,7 @@ from ...bridge.host_pool import HostPool
 from ...limits import Limits
 from ...results import Stream
 from ...wire.codec import Attachment, WireError
-from ...wire.messages import FRAME_OVERHEAD, Done, Message, Suspend, dump_message, load_message
+from ...wire.messages import FRAME_OVERHEAD, Done, Message, dump_message
 from ...wire.strings import dump_string, load_string
 from .instance import Instance
 from .peer import LivePeer
@@ -97,8 +97,8 @@ class WasmTurn(Exchange):
     def _take(self, frame: str, *, returned: bool) -> TurnEnd | None:
         header, attachments = load_string(frame, max_chars=self._max_chars)
         # An end that is only said, by a guest that goes on, would have the next request run in the same instance beside it.
-        if returned is not (load_message(header, (Done, Suspend)).__class__ is Done):
-            raise WireError("it said that its turn is over and went on" if not returned else "it returned and did not say so")
+        if returned is not (type(header) is list and header[:1] == [Done.op]):
+            raise WireError("it returned and did not say so" if returned else "it said what only a guest that returns may say")
         self._watchdog.soft = True
         return self.on_message(header, attachments, len(frame))
 
