@@ -90,6 +90,8 @@ class Capture:
 
     def text(self, stream: Stream) -> str:
         """Head and tail of one stream, with a note where something was dropped. Raw: who renders it makes it inert."""
+        if not self.total:
+            return ""
         head = bytes(self._head[stream])
         tail = b"".join(bytes(data) for name, data in self._tail if name == stream)
         dropped = self._dropped[stream]

@@ -38,6 +38,9 @@ def shown(text: str, limit: int) -> str:
     return text[:limit].encode("utf-8", "backslashreplace").decode()
 
 
+_UNKNOWN_DEATH: Final = Death()
+
+
 @dataclass(slots=True)
 class TurnEnd:
     """How a turn ended. ``kind``: ``done``; or the guest must be recovered: ``killed``, ``died``, ``violation``."""
@@ -51,7 +54,7 @@ class TurnEnd:
     hit: LimitHit | None = None
     interrupted: bool = False
     host_interrupted: bool = False
-    death: Death = field(default_factory=Death)
+    death: Death = _UNKNOWN_DEATH
     detail: str = ""
     turn_seconds: float = 0.0
     host_calls: int = 0
@@ -155,7 +158,7 @@ class Exchange(abc.ABC):
         """Send a message that gives the guest the turn."""
         self._deliver(message, attachments)
         self.guest_holds_turn = True
-        self._watchdog.guest_turn(time.monotonic(), self._cpu_seconds())
+        self._watchdog.guest_turn(time.monotonic(), self._cpu_seconds() if self._watchdog.counts_cpu else None)
 
     # ---- messages
 
@@ -176,10 +179,13 @@ class Exchange(abc.ABC):
             return None
         assert isinstance(message, Done)
         self._watchdog.host_turn(now, None)
-        self._check_size(attachments)
-        decoder = Decoder(attachments)
-        value = decoder.decode(message.value)
-        read = decoder.decode(message.read)
+        if attachments:
+            self._check_size(attachments)
+        value = read = None
+        if message.value is not None or message.read is not None:
+            decoder = Decoder(attachments)
+            value = decoder.decode(message.value)
+            read = decoder.decode(message.read)
         if read is not None and type(read) is not dict:
             raise WireError("what was read is malformed")
         failure = message.failure

@@ -27,6 +27,7 @@ from ..wire.messages import BindText, Message, Protect, dump_message
 from .capture import Capture
 from .exchange import TurnEnd
 from .guest import Death, Guest, GuestLost
+from .readiness import Readiness
 from .session import Session
 from .turn import Turn, WakePipe
 from .verdict import worse
@@ -47,6 +48,7 @@ _STANDBY_HELLO_SECONDS: Final = 1.5
 _PROTECT_SECONDS: Final = 5.0
 #: Between two turns there are a ticket's answer, a death or two, and a standby's; a supervisor that says more has gone wrong.
 _MAX_REPORTS: Final = 8
+_PROTECT: Final = b"".join(dump_frame(dump_message(Protect()), [], max_bytes=1 << 20))
 
 
 class FramedSession(Session):
@@ -79,6 +81,7 @@ class FramedSession(Session):
         except BaseException:
             self._wake.close()
             raise
+        self._readiness = Readiness(self._wake.read_fd)
         self._begin()
         try:
             self._greet()
@@ -92,7 +95,10 @@ class FramedSession(Session):
     def _run_turn(
         self, limits: Limits, capture: Capture, message: Message, attachments: list[Attachment], beside: Any, charged: float
     ) -> TurnEnd:
-        turn = Turn(self._guest, self._handles, self._pool, self._wake, limits, capture, self._is_interrupted, self._until, charged)
+        turn = Turn(
+            self._guest, self._handles, self._pool, self._wake, self._readiness,
+            limits, capture, self._is_interrupted, self._until, charged,
+        )  # fmt: skip
         return turn.run(message, attachments, beside or ())
 
     def _abandon_turn(self) -> None:
@@ -138,11 +144,11 @@ class FramedSession(Session):
 
     def _check_memory(self, end: TurnEnd) -> float | None:
         peak = None
-        out_of_memory = self._out_of_memory()
+        # Without a recovery point a full heap is kept, and what it leaves the next cell changes nothing.
+        out_of_memory = self._out_of_memory() if self._has_standby else None
         if out_of_memory is not None or _is_memory_error(end):
             peak = self._guest.peak_memory_mb()
-        # Without a recovery point the heap is kept: the caller may still free something of it.
-        if out_of_memory is not None and self._has_standby:
+        if out_of_memory is not None:
             end.kind = "killed"
             if not _is_memory_error(end):
                 end.hit = out_of_memory
@@ -193,7 +199,9 @@ class FramedSession(Session):
     # ---- recovery
 
     def _greet(self, seconds: float = _HELLO_SECONDS) -> None:
-        turn = Turn(self._guest, self._handles, self._pool, self._wake, self._limits, Capture(0), lambda: False, None)
+        turn = Turn(
+            self._guest, self._handles, self._pool, self._wake, self._readiness, self._limits, Capture(0), lambda: False, None
+        )
         turn.expect_hello(seconds)
         self._out_of_step = False
 
@@ -206,8 +214,7 @@ class FramedSession(Session):
         self._protecting = True  # first: after a Ctrl-C in the middle of this the supervisor's answer is still to be waited for
         try:
             self._guest.request_protection()
-            for buffer in dump_frame(dump_message(Protect()), [], max_bytes=1 << 20):
-                self._guest.data.sendall(buffer)
+            self._guest.data.sendall(_PROTECT)
         except (GuestLost, OSError):
             self._protecting = False
             self._out_of_step = True  # it closed its channel, say: the next cell gets another worker
@@ -216,9 +223,9 @@ class FramedSession(Session):
     def _await_protection(self) -> None:
         """Wait for the standby that is being made, and take what the supervisor reported meanwhile."""
         until = time.monotonic() + _PROTECT_SECONDS
+        poll = select.poll()
+        poll.register(self._guest.control_fd, select.POLLIN)
         for _ in range(_MAX_REPORTS):
-            poll = select.poll()
-            poll.register(self._guest.control_fd, select.POLLIN)
             left = until - time.monotonic() if self._protecting else 0.0
             if not poll.poll(max(0.0, left) * 1000):
                 if self._protecting:
@@ -247,6 +254,12 @@ class FramedSession(Session):
         try:
             if self._out_of_step:
                 self._recover_between(Death(why="its last turn was abandoned"))
+            if self._protecting:
+                self._await_protection()
+            unprotected = protect and self._stale and self._config.recovery
+            # The usual case, by one look: nothing happened since the last turn.
+            if not unprotected and not self._closed and not self._readiness.look(self._guest, 0):
+                return
             self._await_protection()
             if self._spoke_between_turns():
                 self._recover_between(Death(why="it sent something between turns"))

@@ -7,8 +7,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
@@ -42,6 +41,21 @@ class _Binding:
     target: Any
     inline: bool
     errors: tuple[type[BaseException], ...]
+
+
+class _Call:
+    """``with`` one call of a session. Written out, because a generator would cost as much as the rest of a call's checks."""
+
+    __slots__ = ("_session",)
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __enter__(self) -> None:
+        self._session._enter_call()
+
+    def __exit__(self, *_exc: object) -> None:
+        self._session._leave_call()
 
 
 class Session(abc.ABC):
@@ -264,19 +278,24 @@ class Session(abc.ABC):
 
     # ---- one call at a time
 
-    @contextmanager
-    def _call(self) -> Iterator[None]:
+    def _call(self) -> _Call:
+        return _Call(self)
+
+    def _enter_call(self) -> None:
         if not self._lock.acquire(blocking=False):
             self._check_open()  # a `close` on another thread holds the lock while it frees
             raise SessionBusy("the session is running another call; wait for it, or use one session per thread")
         try:
             self._check_open()
             self._interrupted, self._running = False, True
-            yield
-        finally:
-            self._running = False
-            self._lock.release()
-            self._free_if_closed()
+        except BaseException:
+            self._leave_call()
+            raise
+
+    def _leave_call(self) -> None:
+        self._running = False
+        self._lock.release()
+        self._free_if_closed()
 
     def _free_if_closed(self) -> None:
         """Whoever comes last frees: a `close` that found the lock taken has left it to the call that held it."""

@@ -28,10 +28,15 @@ from .exchange import Exchange, TurnEnd
 from .guest import Guest, GuestLost
 from .handles import HandleTable
 from .host_pool import HostPool
+from .readiness import Readiness
 
 __all__ = ("Turn", "WakePipe")
 
+#: Received at first, and after a read that filled it: a block of the larger size is mapped and unmapped by the allocator each time.
+_FIRST_CHUNK: Final = 1 << 14
 _CHUNK: Final = 1 << 18
+#: What a pipe holds, unless somebody enlarged it.
+_OUTPUT_CHUNK: Final = 1 << 16
 _NO_CAP: Final = 1 << 40
 #: Reads between two looks at the deadlines, so that a guest that never stops sending cannot keep the loop from them.
 _READS: Final = 16
@@ -83,6 +88,7 @@ class Turn(Exchange):
         handles: HandleTable,
         pool: HostPool,
         wake: WakePipe,
+        readiness: Readiness,
         limits: Limits,
         capture: Capture,
         is_interrupted: Callable[[], bool],
@@ -93,10 +99,12 @@ class Turn(Exchange):
         super().__init__(handles, pool, limits, capture, is_interrupted, session_until, charged)
         self._guest = guest
         self._wake = wake
+        self._readiness = readiness
         self._reader = FrameReader(max_bytes=self._max_frame)
         self._outbox: collections.deque[memoryview] = collections.deque()
         self._outbox_fds: tuple[int, ...] = ()
         self._ended_outputs: set[int] = set()
+        self._printed = True
 
     def run(self, message: Message, attachments: Sequence[Attachment] = (), fds: tuple[int, ...] = ()) -> TurnEnd:
         """Send a request and see its turn through. Never raises for anything the guest does.
@@ -106,14 +114,13 @@ class Turn(Exchange):
         """
         try:
             end = self.measured(self._run(message, list(attachments), fds))
-            self.drain_output()
+            if end.kind != "done" or self._printed:
+                self.drain_output()
             return end
         finally:
             self.close()
 
     def _run(self, message: Message, attachments: list[Attachment], fds: tuple[int, ...]) -> TurnEnd:
-        if self._peek():
-            return TurnEnd("violation", detail="it sent something between turns")
         self._outbox_fds = fds
         self._hand_over(message, attachments)
         self._guest.wake()
@@ -155,25 +162,29 @@ class Turn(Exchange):
         end = self.check_deadlines(now)
         if end is not None:
             return end
-        poll = select.poll()
-        poll.register(self._wake.read_fd, select.POLLIN)
-        poll.register(self._guest.control_fd, select.POLLIN)
-        for fd in self._guest.outputs:
-            if fd not in self._ended_outputs:
-                poll.register(fd, select.POLLIN)
-        data_fd = self._guest.data.fileno()
-        poll.register(data_fd, select.POLLIN | (select.POLLOUT if self._outbox else 0))
         wait = self.wait_seconds(now)
-        events = dict(poll.poll(None if wait is None else math.ceil(min(wait, _LONGEST_WAIT_SECONDS) * 1000)))
+        events = self._readiness.look(
+            self._guest,
+            None if wait is None else math.ceil(min(wait, _LONGEST_WAIT_SECONDS) * 1000),
+            writing=bool(self._outbox),
+            without=self._ended_outputs,
+        )
+        data_fd = self._guest.data.fileno()
         return self._react(events, data_fd)
 
     def _react(self, events: dict[int, int], data_fd: int) -> TurnEnd | None:
         if self._wake.read_fd in events:
             self._wake.drain()
+        printed = False
         for fd in self._guest.outputs:
             if fd in events:
+                printed = True
                 self._read_output(fd)
         if data_fd in events:
+            if (
+                not self._reader.mid_frame
+            ):  # see `Readiness`: what it printed before this frame was there to be seen, if there was any
+                self._printed = printed
             if events[data_fd] & select.POLLOUT:
                 self._flush()
             if events[data_fd] & (select.POLLIN | select.POLLHUP):
@@ -214,8 +225,19 @@ class Turn(Exchange):
 
     def _deliver(self, message: Message, attachments: list[Attachment]) -> None:
         buffers = dump_frame(dump_message(message), attachments, max_bytes=_NO_CAP)
-        self._outbox.extend(memoryview(buffer) for buffer in buffers if buffer)
-        self._flush()
+        if len(buffers) > 1 or self._outbox or self._outbox_fds:
+            self._outbox.extend(memoryview(buffer) for buffer in buffers if buffer)
+            self._flush()
+            return
+        (frame,) = buffers
+        try:
+            sent = self._guest.data.send(frame)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return  # the worker is gone; reading says how
+        if sent < len(frame):
+            self._outbox.append(memoryview(frame)[sent:])
 
     def _delivered(self) -> bool:
         return not self._outbox
@@ -249,15 +271,19 @@ class Turn(Exchange):
 
     def _read_frame(self) -> tuple[Any, list[Attachment]] | None:
         """One frame if it is there. Raises EOFError at the end of the stream, WireError for a breach."""
+        chunk = _FIRST_CHUNK
         for _ in range(_READS):
             try:
-                data = self._guest.data.recv(_CHUNK)
+                data = self._guest.data.recv(chunk)
             except BlockingIOError:
                 return None
             except OSError:
                 raise EOFError from None
             if not data:
                 raise EOFError
+            whole = self._reader.whole(data)
+            if whole is not None:
+                return whole
             view = memoryview(data)
             while view:
                 take = min(len(view), self._reader.wanted)
@@ -267,23 +293,15 @@ class Turn(Exchange):
                     if view:
                         raise WireError("it sent more after the end of its turn")
                     return frame
-            if len(data) < _CHUNK:
+            if len(data) < chunk:
                 break
+            chunk = _CHUNK
         return None
-
-    def _peek(self) -> bool:
-        """Whether the guest sent something before it was asked."""
-        try:
-            return bool(self._guest.data.recv(1, socket.MSG_PEEK))
-        except BlockingIOError:
-            return False
-        except OSError:
-            return False
 
     def _read_output(self, fd: int) -> None:
         """One bounded read, so that a flood cannot keep the loop from its deadlines."""
         try:
-            data = os.read(fd, _CHUNK)
+            data = os.read(fd, _OUTPUT_CHUNK)
         except (BlockingIOError, OSError):
             return
         if data:
@@ -296,7 +314,7 @@ class Turn(Exchange):
         for fd, stream in self._guest.outputs.items():
             for _ in range(_READS):  # a pipe holds 64 KiB; more means that somebody still writes
                 try:
-                    data = os.read(fd, _CHUNK)
+                    data = os.read(fd, _OUTPUT_CHUNK)
                 except (BlockingIOError, OSError):
                     break
                 if not data:

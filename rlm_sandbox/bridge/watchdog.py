@@ -71,6 +71,11 @@ class Watchdog:
         return "interrupt" if self.soft else "kill"
 
     @property
+    def counts_cpu(self) -> bool:
+        """True while the guest's CPU clock matters: the host holds the turn, and had a reading when it took it."""
+        return self._cpu_at_suspend is not None
+
+    @property
     def ending(self) -> bool:
         """True once something ends the cell from outside."""
         return self._kill_at is not None
@@ -79,17 +84,20 @@ class Watchdog:
         """How long nothing can happen by time alone, None for ever."""
         if self._kill_at is not None:
             return max(0.0, self._kill_at - now)
-        deadlines = []
+        earliest = self.session_until
         if self.limits.time_seconds is not None:
+            due = None
             if self._running_since is not None:
-                deadlines.append(self._running_since + self.limits.time_seconds - self._used)
+                due = self._running_since + self.limits.time_seconds - self._used
             elif self._cpu_at_suspend is not None:
-                deadlines.append(now + _CPU_CHECK_SECONDS)
+                due = now + _CPU_CHECK_SECONDS
+            if due is not None and (earliest is None or due < earliest):
+                earliest = due
         if self.limits.wall_seconds is not None:
-            deadlines.append(self.started + self.limits.wall_seconds)
-        if self.session_until is not None:
-            deadlines.append(self.session_until)
-        return max(0.0, min(deadlines) - now) if deadlines else None
+            due = self.started + self.limits.wall_seconds
+            if earliest is None or due < earliest:
+                earliest = due
+        return None if earliest is None else max(0.0, earliest - now)
 
     def check(self, now: float, cpu: float | None) -> Verdict:
         """What to do now."""

@@ -14,8 +14,8 @@ import struct
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from threading import get_ident
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -34,6 +34,7 @@ _MAX_FRAME: Final = 1 << 40
 _CHUNK: Final = 1 << 16
 #: Linux; elsewhere a descriptor of a message is inherited by programs the worker starts, which it does not.
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+_DESCRIPTOR_SPACE: Final = socket.CMSG_SPACE(4)
 _THREAD_STACK: Final = 512 * 1024
 HELLO: Final = b"H"
 CANNOT: Final = b"F"
@@ -44,12 +45,14 @@ class _SocketTransport:
 
     def __init__(self, data_fd: int) -> None:
         self._sock = socket.socket(fileno=data_fd)
+        self.main_thread = get_ident()
         self._shielded = 0
         self._interrupted = False
         self.interruptible = False
         self.descriptors: list[int] = []
         self._sizes = _MAX_FRAME
-        self._buffer = bytearray(_CHUNK)
+        self._view = memoryview(bytearray(_CHUNK))
+        self._buffers = [self._view]
         self._unread = memoryview(b"")
 
     def replace(self, data_fd: int) -> None:
@@ -77,15 +80,13 @@ class _SocketTransport:
         else:
             raise KeyboardInterrupt
 
-    @contextmanager
-    def _shield(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals are handled on the main thread only
-            return
-        self._shielded += 1
-        try:
-            yield
-        finally:
+    def __enter__(self) -> None:
+        """Frames go through whole from here on."""
+        if get_ident() == self.main_thread:  # signals are handled on the main thread only
+            self._shielded += 1
+
+    def __exit__(self, *_exc: object) -> None:
+        if get_ident() == self.main_thread:
             self._shielded -= 1
             if self._interrupted and not self._shielded:
                 self._interrupted = False
@@ -95,7 +96,7 @@ class _SocketTransport:
     def send(self, message: Message, attachments: list[Attachment]) -> None:
         """Send one frame. Raises FrameTooLarge and sends nothing if the host would refuse it."""
         buffers = dump_frame(dump_message(message), attachments, max_bytes=self._sizes)
-        with self._shield():
+        with self:
             try:
                 for buffer in buffers:
                     self._sock.sendall(buffer)
@@ -104,12 +105,12 @@ class _SocketTransport:
 
     def receive(self) -> tuple[Any, list[Attachment]]:
         """The next frame. Descriptors that came with it are in ``descriptors``."""
-        with self._shield():
+        with self:
             return self._receive()
 
     def exchange(self, message: Message, attachments: list[Attachment]) -> tuple[Any, list[Attachment]]:
         """Send one frame and take the answer. Not interrupted in between: the answer would be taken for the next request."""
-        with self._shield():
+        with self:
             self.send(message, attachments)
             return self._receive()
 
@@ -119,13 +120,16 @@ class _SocketTransport:
             frame = self._feed(reader)
             if frame is not None:
                 return frame
-            size, ancillary, _flags, _ = self._sock.recvmsg_into([self._buffer], socket.CMSG_SPACE(4), _CLOEXEC)
+            size, ancillary, _flags, _ = self._sock.recvmsg_into(self._buffers, _DESCRIPTOR_SPACE, _CLOEXEC)
             if not size:
                 os._exit(0)
             for level, kind, raw in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     self.descriptors.append(struct.unpack("=i", raw[:4])[0])
-            self._unread = memoryview(self._buffer)[:size]
+            frame = reader.whole(bytes(self._view[:size])) if size < _CHUNK else None
+            if frame is not None:
+                return frame
+            self._unread = self._view[:size]
 
     def _feed(self, reader: FrameReader) -> tuple[Any, list[Attachment]] | None:
         """What was received goes to the parser, up to the end of a frame. A request may follow an order to make a standby

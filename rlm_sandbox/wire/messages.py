@@ -216,12 +216,22 @@ _CHECKS: Final[dict[str, tuple[type, ...]]] = {
     "list[list[Any]]": (list,),
 }
 
+#: Of each field the types it may have (None: a codec tree, which its decoder checks), and the type of its items if it is a list.
+_SPECIFICATIONS: Final[dict[type[Message], tuple[tuple[tuple[type, ...] | None, type | None], ...]]] = {
+    cls: tuple(
+        (_CHECKS.get(kind), str if kind.startswith("list[str]") else list if kind == "list[list[Any]]" else None)
+        for _, kind in specification
+    )
+    for cls, specification in _FIELDS.items()
+}
+_NAMES: Final = {cls: tuple(name for name, _ in specification) for cls, specification in _FIELDS.items()}
+
 _M = TypeVar("_M", bound=Message)
 
 
 def dump_message(message: Message) -> list[Any]:
     """The JSON header of a message."""
-    return [message.op, *(getattr(message, name) for name, _ in _FIELDS[type(message)])]
+    return [message.op, *[getattr(message, name) for name in _NAMES[type(message)]]]
 
 
 def load_message(header: Any, expected: tuple[type[_M], ...]) -> _M:
@@ -235,21 +245,13 @@ def load_message(header: Any, expected: tuple[type[_M], ...]) -> _M:
     cls = _MESSAGES.get(header[0])
     if cls is None or not issubclass(cls, expected):
         raise WireError("a message came that may not come now")
-    specification = _FIELDS[cls]
+    specification = _SPECIFICATIONS[cls]
     if len(header) != len(specification) + 1:
         raise WireError("a message has the wrong number of fields")
-    for (_, kind), value in zip(specification, header[1:], strict=True):
-        _check_field(kind, value)
-    return cls(*header[1:])
-
-
-def _check_field(kind: str, value: Any) -> None:
-    allowed = _CHECKS.get(kind)
-    if allowed is None:
-        return  # a codec tree: its decoder checks it
-    if type(value) not in allowed:
-        raise WireError("a message has a field of the wrong type")
-    if type(value) is list and kind.startswith("list[str]") and not all(type(item) is str for item in value):
-        raise WireError("a message has a field of the wrong type")
-    if type(value) is list and kind == "list[list[Any]]" and not all(type(item) is list for item in value):
-        raise WireError("a message has a field of the wrong type")
+    _, *values = header
+    for (allowed, items), value in zip(specification, values, strict=True):
+        if allowed is not None and type(value) not in allowed:
+            raise WireError("a message has a field of the wrong type")
+        if items is not None and value and not all(type(item) is items for item in value):
+            raise WireError("a message has a field of the wrong type")
+    return cls(*values)

@@ -32,6 +32,7 @@ _RECOVER_SECONDS: Final = 5.0
 _CPUCLOCK_SCHED: Final = 2
 #: Field of /proc/PID/statm that counts data and stack, in pages; what RLIMIT_DATA bounds is at most that.
 _STATM_DATA: Final = 5
+_TICKET: Final = control.dump({"op": "ticket"})
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -70,6 +71,7 @@ class JailGuest:
             }
             zygote.spawn(settings, (data_theirs.fileno(), control_theirs.fileno(), out_write, err_write))
             self.data.setblocking(False)
+            self._control.setblocking(False)
             for fd in self.outputs:
                 os.set_blocking(fd, False)
             message, fds = self._receive(_START_SECONDS)
@@ -107,11 +109,15 @@ class JailGuest:
         return self._control.fileno()
 
     def _receive(self, seconds: float) -> tuple[control.Message, list[int]]:
-        self._control.settimeout(seconds)
+        if not _is_readable(self._control.fileno(), seconds):
+            raise GuestLost("the supervisor did not answer in time")
+        return self._received()
+
+    def _received(self) -> tuple[control.Message, list[int]]:
         try:
             got = control.receive(self._control)
-        except TimeoutError:
-            raise GuestLost("the supervisor did not answer in time") from None
+        except BlockingIOError:
+            raise
         except (OSError, ValueError) as exc:
             raise GuestLost(f"the supervisor's channel failed: {exc}") from None
         if got is None:
@@ -133,9 +139,10 @@ class JailGuest:
 
     def report(self) -> Report | None:
         """See `Guest.report`."""
-        if not _is_readable(self._control.fileno(), 0):
+        try:
+            message, fds = self._received()
+        except BlockingIOError:
             return None
-        message, fds = self._receive(1.0)
         for fd in fds:
             os.close(fd)
         return self._as_report(message)
@@ -153,7 +160,10 @@ class JailGuest:
 
     def request_protection(self) -> None:
         """See `Guest.request_protection`."""
-        self._order({"op": "ticket"})
+        try:
+            self._control.send(_TICKET)
+        except OSError as exc:
+            raise GuestLost(f"the supervisor is gone ({exc.strerror})") from None
 
     def recover(self, *, fresh: bool) -> Recovery:
         """See `Guest.recover`."""
