@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlm_sandbox import BackendUnavailable, Context, Grade, Limits, REPLProtocol, UnsupportedLimit, open_repl
+from rlm_sandbox import BackendUnavailable, Context, Feature, Grade, Limits, REPLProtocol, UnsupportedLimit, open_repl
 from rlm_sandbox.registry import AUTO_ORDER, Availability, SessionConfig, load_backend
 
 from ..conftest import require_usable
@@ -69,6 +69,15 @@ def test_the_same_sentence_everywhere() -> None:
         ("(lambda *a, **k: (a, k))(*[1, 2], **{'z': 3})", "((1, 2), {'z': 3})"),
         ("a, (b, *c) = 1, (2, 3, 4)\n[x + y for x, y in zip([a, b], c)]", "[4, 6]"),
         ("max(range(10 ** 7), default=0), sum(x for x in range(5)), sum(map(len, ['a', 'bc'])), any([]), sorted({3, 1})", "(9999999, 10, 3, False, [1, 3])"),
+        (("class P:\n    __n = 0\n    def __init__(self, x):\n        self.__x = x\n        P.__n += 1\n    def __get(self):\n        return self.__x\n"
+          "    def get(self):\n        return self.__get(), self.__n\np = P(4)\np.get(), p._P__x, sorted(p.__dict__)"), "((4, 1), 4, ['_P__x'])"),
+        (("class P:\n    def __init__(self):\n        self.__x = 1\nclass Q(P):\n    def __init__(self):\n        super().__init__()\n        self.__x = 2\n"
+          "    def both(self):\n        return self.__x, self._P__x\nQ().both()"), "(2, 1)"),
+        (("from enum import Enum, auto\nclass C(Enum):\n    RED = 1\n    BLUE = auto()\n    def low(self):\n        return self.name.lower()\n"
+          "C.RED, C(2), C['RED'].low(), len(list(C)), C.RED is C(1), type(C.RED) is C"), "(<C.RED: 1>, <C.BLUE: 2>, 'red', 2, True, True)"),
+        (("from enum import IntEnum, StrEnum, Flag, unique\n@unique\nclass L(IntEnum):\n    A = 1\n    B = 2\nclass F(Flag):\n    R = 1\n    W = 2\n"
+          "class S(StrEnum):\n    X = 'x'\nmax(L), L.A + 1, F.R in (F.R | F.W), S.X == 'x', f'{L.B}'"), "(<L.B: 2>, 2, True, True, '2')"),
+        ("from enum import Enum\nE = Enum('E', 'A B')\n[E.A.value, list(Enum('G', {'X': 5}))]", "[1, [<G.X: 5>]]"),
         ("from contextlib import contextmanager\n@contextmanager\ndef c():\n    yield 5\nwith c() as n:\n    pass\nn", "5"),
     ],
 )  # fmt: skip
@@ -81,6 +90,10 @@ def test_what_models_write_works(repl: REPLProtocol, code: str, value: str) -> N
     ("code", "line"),
     [
         ("x = 1\nasync def f():\n    pass", 2),
+        ("x = 1\n\nawait x", 3),
+        ("async with x:\n    pass", 1),
+        ("class P:\n    pass\np = P()\np.__x = 1", 4),
+        ("def f(__x):\n    pass", 1),
         ("x = []\n\nx.__class__ = 3", 3),
         ("class C(metaclass=type):\n    pass", 1),
         ("try:\n    pass\nexcept* ValueError:\n    pass", 1),
@@ -95,8 +108,41 @@ def test_what_is_refused_names_its_line_and_where_to_go(repl: REPLProtocol, code
     assert result.outcome == "error"
     assert result.error is not None
     assert result.error.startswith(f"SyntaxError: line {line}: ")
-    assert "jail" in result.error
+    assert "(docker, jail, wasm)" in result.error
     assert repl.get("ran") is None
+
+
+def test_the_backends_that_are_named_have_what_was_refused() -> None:
+    for name in ("docker", "jail", "wasm"):
+        try:
+            assert load_backend(name).capabilities(SessionConfig()).has(Feature.CPYTHON)
+        except BackendUnavailable:
+            pytest.skip(f"{name} is not installed")
+
+
+@pytest.mark.parametrize("code", ["import sys\nsys.exit(3)", "exit(3)", "quit(3)"])
+def test_an_exit_ends_its_cell(repl: REPLProtocol, code: str) -> None:
+    assert repl.exec("kept = 1").ok
+    result = repl.exec(f"{code}\nkept = 2")
+    assert (result.outcome, result.error) == ("error", "SystemExit: 3")
+    assert repl.get("kept") == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fractions\ntype(fractions.Fraction)('X', (), {'__del__': 1})",
+        "import enum\ntype(enum.Enum)('X', (), {'__del__': 1})",
+        "import enum\nenum.Enum('X', [('__del__', 1)])",
+        "import enum\nenum.Enum('X', {'__getattribute__': 1})",
+        "import enum\nclass E(enum.Enum):\n    A = 1\n    def __del__(self):\n        pass",
+        "import enum\nenum.auto.value = 1",
+        "import enum\nenum.Enum.__members__",
+        "import enum\nenum.Enum._missing_.__globals__",
+    ],
+)
+def test_no_metaclass_is_a_way_around_the_rules_of_classes(repl: REPLProtocol, code: str) -> None:
+    assert repl.exec(code).outcome == "error"
 
 
 @pytest.mark.parametrize(

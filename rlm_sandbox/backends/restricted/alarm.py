@@ -78,8 +78,8 @@ os.register_at_fork(after_in_child=ALARM.forget)
 
 
 @contextmanager
-def signals(on_timer: Callable[[], None], on_interrupt: Callable[[], None]) -> Iterator[None]:
-    """On the main thread: call ``on_timer`` every 20 ms of the process's CPU time, and ``on_interrupt`` at Ctrl-C.
+def signals(on_timer: Callable[[FrameType | None], None], on_interrupt: Callable[[], None]) -> Iterator[None]:
+    """On the main thread: call ``on_timer`` with the frame that runs, every 20 ms of the process's CPU time, and ``on_interrupt`` at Ctrl-C.
 
     Both may raise into what runs. Elsewhere, and where the host uses that timer or handles Ctrl-C itself, nothing is installed.
     """
@@ -92,7 +92,7 @@ def signals(on_timer: Callable[[], None], on_interrupt: Callable[[], None]) -> I
         timer = None
 
     def tick(number: int, frame: FrameType | None) -> None:
-        on_timer()
+        on_timer(frame)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         on_interrupt()

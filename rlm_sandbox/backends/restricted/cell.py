@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
+from types import FrameType
 from typing import Any, Final, NoReturn
 
 from ...bridge.capture import Capture
@@ -21,6 +22,7 @@ from .policy.runtime import Policy
 __all__ = ("Cell", "CellStopped")
 
 _OUTPUT: Final = ("stdout", "stderr")
+_OWN_FILES: Final = __file__.rpartition("backends")[0]
 
 
 class CellStopped(BaseException):
@@ -96,10 +98,18 @@ class Cell:
             wait = self._watchdog.wait_seconds(now)
         return None if wait is None else now + max(wait, 0.001)
 
-    def _on_timer(self) -> None:
+    def _on_timer(self, frame: FrameType | None) -> None:
         self._look()
-        if self._in_guest and self._watchdog.ending:
+        if self._in_guest and self._watchdog.ending and self._is_ours(frame):
             raise CellStopped
+
+    def _is_ours(self, frame: FrameType | None) -> bool:
+        """Whether what runs was called by the cell, or is this package on its behalf: not a hook of the host's, say."""
+        if frame is not None and frame.f_code.co_filename.startswith(_OWN_FILES):
+            return True
+        while frame is not None and frame.f_globals is not self._policy.names:
+            frame = frame.f_back
+        return frame is not None
 
     def _on_interrupt(self) -> None:
         self.stop(from_host=True)

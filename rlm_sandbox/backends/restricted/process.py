@@ -30,7 +30,7 @@ _JAIL: Final = "jail"
 _PROBED_MB: Final = 64
 #: What the host spends on a child beside its memory: the interpreter itself.
 _OVERHEAD_MB: Final = 32
-_POLICY: Final = ("__init__", "transformer", "guards", "names", "modules", "runtime")
+_POLICY: Final = ("__init__", "classes", "transformer", "guards", "names", "modules", "runtime")
 #: What the policy needs of RestrictedPython: its list of known syntax.
 _RESTRICTED_PYTHON: Final = ("_types", "transformer")
 _MAX_BYTES: Final = 1 << 30

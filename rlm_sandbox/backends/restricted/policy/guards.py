@@ -8,9 +8,10 @@ from _string import formatter_field_name_split  # type: ignore[import-not-found]
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from .classes import GuestClass, is_guests
 from .transformer import CLASS_NAMES, GUARDED_ATTRIBUTES, INSPECT_ATTRIBUTES, LOADABLE, check_width
 
-__all__ = ("Guards", "GuestClass", "TypeOf", "is_guests")
+__all__ = ("Guards", "TypeOf")
 
 _NAMEDTUPLE: Final = frozenset({"_asdict", "_fields", "_make", "_replace"})
 #: Nested tuples are hashed by a recursion in C that ends the process.
@@ -18,15 +19,6 @@ _MAX_HASH_DEPTH: Final = 500
 _MAX_HASH_NODES: Final = 100_000
 #: A range that a loop in C walks through in about a tenth of a second.
 _SHORT: Final = 10_000_000
-
-
-class GuestClass(type):
-    """The type of every class a cell defines; what tells its objects from the host's."""
-
-
-def is_guests(obj: Any) -> bool:
-    """Whether ``obj`` is a class of a cell, or an instance of one. By exact type: an object may claim any ``__class__``."""
-    return type(obj) is GuestClass or type(type(obj)) is GuestClass
 
 
 class TypeOf:
@@ -39,7 +31,7 @@ class TypeOf:
             kind = type(args[0])
             if kind is super:  # it would look beyond what the source of a cell may ask of super()
                 raise TypeError("super() has no type here")
-            return self if kind in (type, GuestClass) else kind
+            return self if issubclass(kind, type) else kind  # a metaclass would make classes by its own rules
         name, bases, namespace = args
         if type(name) is not str or type(bases) is not tuple or type(namespace) is not dict:
             raise TypeError("type() takes a name, a tuple of classes and a dict")
@@ -110,7 +102,7 @@ class Guards:
 
     def _check_private(self, obj: Any, name: str) -> None:
         if name == "__name__":
-            allowed = type(obj) in (type, GuestClass) or isinstance(obj, types.FunctionType | types.BuiltinFunctionType)
+            allowed = type(obj) is type or is_guests(obj) or isinstance(obj, types.FunctionType | types.BuiltinFunctionType)
         elif not name.startswith("__"):
             allowed = is_guests(obj) or (name in _NAMEDTUPLE and (isinstance(obj, tuple) or _is_tuple_class(obj)))
         elif name in ("__class__", "__dict__"):

@@ -44,7 +44,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
-from .guards import Guards, GuestClass
+from .classes import GuestClass, make_enum
+from .guards import Guards
+from .names import exit_cell
+from .transformer import ELSEWHERE
 
 __all__ = ("MODULE_NAMES", "Importer", "make_modules")
 
@@ -92,7 +95,7 @@ _TAKEN: Final[dict[ModuleType, str]] = {
 #: Classes of these would have a metaclass of their own, and generic ones are no base for a cell's class.
 _NOT_TAKEN: Final = {"Generic", "NamedTuple", "Protocol", "TypedDict"}
 _RANDOM: Final = "betavariate choice choices expovariate gauss getrandbits randbytes randint random randrange sample seed shuffle triangular uniform"
-MODULE_NAMES: Final = tuple(sorted([*(module.__name__ for module in _TAKEN), "random"]))
+MODULE_NAMES: Final = tuple(sorted([*(module.__name__ for module in _TAKEN), "enum", "random"]))
 #: Modules that functions in C import by themselves, through the cell's ``__import__``, whose answer they do not look at.
 _OF_THE_INTERPRETER: Final = ("_strptime",)
 for _name in _OF_THE_INTERPRETER:
@@ -126,8 +129,7 @@ class Importer:
         module = self._modules.get(name) if type(name) is str and level == 0 else None
         if module is None:
             raise ImportError(
-                f"the module {str(name)[:100]!r} is not in the restricted language, which has {', '.join(MODULE_NAMES)}; "
-                f"use a backend whose capabilities list 'cpython' (jail, docker)"
+                f"the module {str(name)[:100]!r} is not in the restricted language, which has {', '.join(MODULE_NAMES)}; {ELSEWHERE}"
             )
         if name in _OF_THE_INTERPRETER:
             return module
@@ -167,7 +169,10 @@ def make_modules(guards: Guards, write: Callable[[str, str], None], sleep: Calla
     own.update((name, {}) for name in _OF_THE_INTERPRETER)
     own["__future__"] = {"annotations": None}
     own["time"]["sleep"] = sleep
-    own["sys"].update(stdout=_Stream(lambda text: write("stdout", text)), stderr=_Stream(lambda text: write("stderr", text)))
+    own["enum"] = make_enum()
+    own["sys"].update(
+        exit=exit_cell, stdout=_Stream(lambda text: write("stdout", text)), stderr=_Stream(lambda text: write("stderr", text))
+    )
     own["math"].update((name, _bounded_count(name, getattr(math, name))) for name in ("comb", "factorial", "perm"))
     own["functools"].update(wraps=_wraps(guards), reduce=_reduce(guards))
     own["operator"]["attrgetter"] = _attrgetter(guards)

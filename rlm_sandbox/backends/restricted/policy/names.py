@@ -6,12 +6,13 @@ import builtins
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
-from .guards import Guards, GuestClass, TypeOf
-from .transformer import check_width
+from .classes import ClassMaker
+from .guards import Guards, TypeOf
+from .transformer import ELSEWHERE, check_width
 
-__all__ = ("make_builtins",)
+__all__ = ("exit_cell", "make_builtins")
 
 _AS_THEY_ARE: Final = (
     "__build_class__", "Ellipsis", "NotImplemented", "abs", "ascii", "bin", "bool", "bytes", "callable", "chr", "classmethod", "complex", "dict",
@@ -35,9 +36,7 @@ def _exceptions() -> dict[str, Any]:
 
 def _not_there(name: str) -> Callable[..., Any]:
     def missing(*args: Any, **kwargs: Any) -> Any:
-        raise NameError(
-            f"{name}() is not in the restricted language; use a backend whose capabilities list 'cpython' (jail, docker)"
-        )
+        raise NameError(f"{name}() is not in the restricted language; {ELSEWHERE}")
 
     return missing
 
@@ -66,6 +65,11 @@ def _dir(obj: Any = _MISSING) -> list[str]:
     return [name for name in dir(obj) if not name.startswith("_")]
 
 
+def exit_cell(code: object = None) -> NoReturn:
+    """``sys.exit``, ``exit`` and ``quit``: they end the cell."""
+    raise SystemExit(code)
+
+
 def _input(prompt: object = "") -> str:
     raise EOFError("there is nobody to ask")
 
@@ -82,6 +86,8 @@ def make_builtins(
         any=lambda items: any(guards.bounded(items)),
         delattr=guards.delattr,
         dir=_dir,
+        exit=exit_cell,
+        quit=exit_cell,
         format=lambda value, spec="": format(value, check_width(spec)),
         getattr=guards.getattr,
         hasattr=guards.hasattr,
@@ -98,7 +104,7 @@ def make_builtins(
         __import__=modules,
     )
     hooks: Mapping[str, Any] = {
-        ".stop": False, ".halt": halt, ".getattr": guards.getattr, ".write": guards.write, ".class": GuestClass,
+        ".stop": False, ".halt": halt, ".getattr": guards.getattr, ".write": guards.write, ".class": ClassMaker(),
         ".repeat": guards.repeat, ".pow": guards.pow, ".lshift": guards.lshift, ".stored": guards.stored,
     }  # fmt: skip
     return {**table, **hooks}

@@ -11,7 +11,7 @@ from typing import Any, Final
 from .guards import Guards
 from .modules import Importer, make_modules
 from .names import make_builtins
-from .transformer import CellPolicy
+from .transformer import ELSEWHERE, CellPolicy
 
 __all__ = ("MAX_SOURCE_CHARS", "Policy", "Refused")
 
@@ -19,7 +19,6 @@ __all__ = ("MAX_SOURCE_CHARS", "Policy", "Refused")
 MAX_SOURCE_CHARS: Final = 1_000_000
 #: Refusals named in one error.
 _SHOWN: Final = 3
-_ELSEWHERE: Final = "use a backend whose capabilities list 'cpython' (jail, docker)"
 
 
 class Refused(SyntaxError):
@@ -96,7 +95,7 @@ class Policy:
             tree = policy.visit(tree)
             if policy.refused:
                 listed = "; ".join(f"line {line}: {what}" for line, what in policy.refused[:_SHOWN])
-                raise Refused(f"{listed}; {_ELSEWHERE}")
+                raise Refused(f"{listed}; {ELSEWHERE}")
             ast.fix_missing_locations(tree)
             last = None
             if tree.body and isinstance(tree.body[-1], ast.Expr):

@@ -14,7 +14,16 @@ from typing import Any, Final
 
 from RestrictedPython.transformer import INSPECT_ATTRIBUTES, RestrictingNodeTransformer
 
-__all__ = ("CLASS_NAMES", "GUARDED_ATTRIBUTES", "INSPECT_ATTRIBUTES", "LOADABLE", "MAX_WIDTH", "CellPolicy", "check_width")
+__all__ = (
+    "CLASS_NAMES",
+    "ELSEWHERE",
+    "GUARDED_ATTRIBUTES",
+    "INSPECT_ATTRIBUTES",
+    "LOADABLE",
+    "MAX_WIDTH",
+    "CellPolicy",
+    "check_width",
+)
 
 _DOUBLE = (
     "init new repr str bytes format lt le eq ne gt ge hash bool len getitem setitem delitem contains iter next reversed missing "
@@ -29,6 +38,12 @@ CLASS_NAMES: Final = _METHODS | {"__slots__", "__doc__", "__class__", "__annotat
 LOADABLE: Final = (_METHODS - {"__new__", "__getattr__"}) | {"__name__", "__doc__", "__dict__", "__class__"}
 #: Ordinary names that lead somewhere on some objects: decided at run time.
 GUARDED_ATTRIBUTES: Final = frozenset({"format", "format_map", "mro", "obj", "register"})
+#: The end of every refusal: who has what was refused.
+ELSEWHERE: Final = "use a backend whose capabilities list 'cpython' (docker, jail, wasm)"
+_SPOKEN: Final = {
+    "AsyncFor": "async for", "AsyncFunctionDef": "async def", "AsyncWith": "async with", "Await": "await", "TryStar": "except*",
+    "TypeAlias": "the type statement",
+}  # fmt: skip
 #: Fields wider than this are refused: they are memory, not text.
 MAX_WIDTH: Final = 1_000_000
 #: Builtins that keep all they are given.
@@ -55,6 +70,12 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
         super().__init__()
         self.refused: list[tuple[int, str]] = []
         self._class_body = False
+        self._class_name = ""
+
+    def _mangled(self, name: str) -> str:
+        """A private name of the class around it, as the compiler would have it: ``__x`` in ``class C`` is ``_C__x``."""
+        stripped = self._class_name.lstrip("_")
+        return f"_{stripped}{name}" if stripped and name.startswith("__") and not name.endswith("__") else name
 
     # ---- what the base class asks for
 
@@ -64,7 +85,8 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
 
     def not_allowed(self, node: Any) -> None:
         """Refuse a kind of statement."""
-        self.error(node, f"{type(node).__name__} is not in the restricted language")
+        kind = type(node).__name__
+        self.error(node, f"{_SPOKEN.get(kind, kind)} is not in the restricted language")
 
     def check_name(self, node: Any, name: str | None, allow_magic_methods: bool = False) -> None:
         """Refuse names of the interpreter's own."""
@@ -80,6 +102,7 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
     # ---- names, attributes, calls
 
     def visit_Name(self, node: ast.Name) -> Any:
+        node.id = self._mangled(node.id)
         if node.id == "super":
             self.error(node, "super is allowed only as super()")
         elif not (node.id == "__name__" and isinstance(node.ctx, ast.Load)):
@@ -88,6 +111,7 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
 
     def visit_Attribute(self, node: ast.Attribute) -> Any:
         node = self.node_contents_visit(node)
+        node.attr = self._mangled(node.attr)
         if isinstance(node.ctx, ast.Load):
             if node.attr.startswith("_") or node.attr in GUARDED_ATTRIBUTES or node.attr in INSPECT_ATTRIBUTES:
                 return _at(node, _call(".getattr", node.value, ast.Constant(node.attr)))
@@ -204,6 +228,7 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        node.name = self._mangled(node.name)
         self.check_name(node, node.name)
         in_class, self._class_body = self._class_body, False
         try:
@@ -216,14 +241,20 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> Any:
+        written, node.name = node.name, self._mangled(node.name)
         self.check_name(node, node.name)
         if node.keywords:
             self.error(node, "a class takes no keywords such as metaclass")
-        in_class, self._class_body = self._class_body, True
+        for part in ("bases", "decorator_list"):  # of the scope around it
+            setattr(node, part, [self.visit(item) for item in getattr(node, part)])
+        outside = self._class_body, self._class_name
+        self._class_body, self._class_name = True, written
         try:
-            node = self.node_contents_visit(node)
+            node.body = [self.visit(item) for item in node.body]
+            for parameter in getattr(node, "type_params", ()):
+                self.visit(parameter)
         finally:
-            self._class_body = in_class
+            self._class_body, self._class_name = outside
         node.keywords = [ast.keyword("metaclass", _load(".class"))]
         return node
 
