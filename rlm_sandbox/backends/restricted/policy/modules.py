@@ -231,9 +231,13 @@ def _dataclass(cls: Any = None, /, **options: Any) -> Any:
         return lambda cls: _dataclass(cls, **options)
     if type(cls) is not GuestClass:
         raise TypeError("dataclass() takes a class of the cell")
-    for name in vars(cls).get("__annotations__", {}):
+    # A copy of what was looked at is what is used: a dict of the cell's own making may say something else when it is read again.
+    annotations = vars(cls).get("__annotations__", {})
+    fields: dict[Any, Any] = dict(annotations) if type(annotations) is dict else {None: None}
+    for name in fields:
         if type(name) is not str or not name.isidentifier() or name.startswith("__"):
             raise TypeError(f"a field cannot have the name {str(name)[:100]!r}")
+    cls.__annotations__ = fields
     module = cls.__module__
     cls.__module__ = _NOWHERE.__name__
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NoReturn
@@ -41,22 +40,32 @@ def _not_there(name: str) -> Callable[..., Any]:
     return missing
 
 
-def _sum(guards: Guards, items: Iterable[Any], start: Any = 0) -> Any:
+# Closures, not partial objects: those would hand out what they hold by name.
+
+
+def _sum(guards: Guards) -> Callable[..., Any]:
     """In pieces, with a look at the clock between them."""
-    bounded = guards.bounded(items)
-    if bounded is items and type(items) is not range:
-        return sum(items, start)
-    iterator = iter(items)
-    while piece := tuple(itertools.islice(iterator, 4_096)):
-        start = sum(piece, start)
-        guards.stop()
-    return start
+
+    def sum_bounded(items: Iterable[Any], start: Any = 0) -> Any:
+        bounded = guards.bounded(items)
+        if bounded is items and type(items) is not range:
+            return sum(items, start)
+        iterator = iter(items)
+        while piece := tuple(itertools.islice(iterator, 4_096)):
+            start = sum(piece, start)
+            guards.stop()
+        return start
+
+    return sum_bounded
 
 
-def _extreme(guards: Guards, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    if len(args) == 1:
-        return function(guards.bounded(args[0]), **options)
-    return function(*args, **options)
+def _extreme(guards: Guards, function: Callable[..., Any]) -> Callable[..., Any]:
+    def extreme(*args: Any, **options: Any) -> Any:
+        if len(args) == 1:
+            return function(guards.bounded(args[0]), **options)
+        return function(*args, **options)
+
+    return extreme
 
 
 def _dir(obj: Any = _MISSING) -> list[str]:
@@ -93,13 +102,13 @@ def make_builtins(
         hasattr=guards.hasattr,
         hash=guards.hash,
         input=_input,
-        max=functools.partial(_extreme, guards, max),
-        min=functools.partial(_extreme, guards, min),
+        max=_extreme(guards, max),
+        min=_extreme(guards, min),
         pow=guards.power,
         print=print_,
         setattr=guards.setattr,
         sorted=lambda items, *, key=None, reverse=False: sorted(guards.bounded(items, stored=True), key=key, reverse=reverse),
-        sum=functools.partial(_sum, guards),
+        sum=_sum(guards),
         type=TypeOf(),
         __import__=modules,
     )

@@ -32,8 +32,9 @@ _DOUBLE = (
 )
 #: Special methods a class may define. Not ``__del__`` (it runs when no cell does), nor what changes how names are looked up.
 _METHODS: Final = frozenset(f"__{name}__" for name in _DOUBLE.split()) | {"__getattr__"}
-#: What may be assigned in a class body.
-CLASS_NAMES: Final = _METHODS | {"__slots__", "__doc__", "__class__", "__annotations__", "__module__", "__qualname__"}
+#: What may be assigned in a class body. Not what other code believes of a class: ``__annotations__`` (`dataclasses` makes source code of its
+#: keys), ``__class__``, ``__module__``, ``__match_args__``.
+CLASS_NAMES: Final = _METHODS | {"__slots__", "__doc__"}
 #: Special attributes that may be read; the guard says of which objects.
 LOADABLE: Final = (_METHODS - {"__new__", "__getattr__"}) | {"__name__", "__doc__", "__dict__", "__class__"}
 #: Ordinary names that lead somewhere on some objects: decided at run time.

@@ -1,0 +1,245 @@
+"""What a restricted cell can reach and change by attributes, found by trying all of them; verdicts from the host.
+
+The walks go through the session's own guards, from everything a cell finds by name, so that what is added to the language later is walked
+too.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import types
+from typing import Any, Final
+
+import pytest
+
+from rlm_sandbox import Context, Grade, Limits, open_repl
+
+from ..conftest import require_usable, variant_state
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _usable() -> None:
+    require_usable("restricted", variant_state("restricted"))
+
+
+#: One of everything that functions of the language return.
+_OBJECTS: Final = """
+class A:
+    pass
+def f():
+    yield
+class E(enum.Enum):
+    Q = 1
+@dataclasses.dataclass
+class D:
+    a: int = 1
+errors = []
+for wrong in (lambda: 1 / 0, lambda: None.x, lambda: llm_query(f), lambda: json.loads('{'), lambda: [].pop(), lambda: int('x')):
+    try:
+        wrong()
+    except Exception as error:
+        errors.append(error)
+objects = [
+    A(), f(), E.Q, D(), (x for x in [1]), lambda: 1, re.match('a', 'a'), re.compile('a'), functools.partial(f), functools.lru_cache(f),
+    collections.namedtuple('N', 'a b')(1, 2), contextlib.contextmanager(f)(), datetime.datetime.now(), iter([]), io.StringIO(), io.BytesIO(),
+    csv.writer(io.StringIO()), csv.DictReader(io.StringIO('a')), typing.List['x'], typing.Optional[int], typing.TypeVar('T'), hashlib.md5(),
+    difflib.SequenceMatcher(), itertools.count(), decimal.Decimal(1), fractions.Fraction(1), enum.auto(), dataclasses.field(),
+    dataclasses.fields(D), object(), property(f), staticmethod(f), classmethod(f), slice(1), range(3), zip(), map(f, []), {}.keys(),
+    collections.ChainMap(), collections.Counter(), collections.deque(), operator.itemgetter(1), operator.attrgetter('a'), time.gmtime(),
+    ctx.find('needle'), ctx.metadata(), 'x'.format, str.format,
+]
+kinds = [type(item) for item in [*objects, *errors, print, sum, len, sys, sys.stdout, type, ctx, llm_query, A, E, getattr, HostCallError]]
+"""  # fmt: skip
+_FORBIDDEN: Final = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType, types.CellType)
+#: Objects of this package that a cell holds on purpose: nothing of the host hangs on them by a name that a cell may say.
+_OWN: Final = {
+    "GuestClass", "GuestEnum", "_Facade", "_Stream", "Importer", "TypeOf",
+}  # fmt: skip
+_DEPTH: Final = 4
+_PASSIVE: Final = (str, bytes, int, float, types.BuiltinMethodType, types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType)  # fmt: skip
+
+
+def test_nothing_of_the_host_is_reached_by_attributes() -> None:
+    context = Context.from_documents(["a needle"], metadata={"files": ["one.txt"]})
+    with open_repl("restricted", limits=Limits(time_seconds=60), accept=Grade.NONE, trusted=True) as repl:
+        policy: Any = repl._policy  # type: ignore[attr-defined]
+        modules = policy.builtins["__import__"]._modules
+        repl.bind("ctx", context)
+        repl.bind("llm_query", str.upper)
+        result = repl.exec("\n".join(f"import {name}" for name in sorted(modules) if name.isidentifier() and name[0] != "_"))
+        assert result.ok
+        result = repl.exec(_OBJECTS)
+        assert result.ok, result.traceback
+        guarded = policy.builtins[".getattr"]
+        waiting = collections.deque((name, item, 0) for name, item in policy.names.items() if not name.startswith("__"))
+        waiting.extend((name, item, 0) for name, item in policy.builtins.items() if not name.startswith((".", "__")))
+        secrets = [policy, policy.builtins, policy.names, guarded.__self__, repl, context, os.environ]
+        seen: dict[int, Any] = {}
+        while waiting:
+            path, item, depth = waiting.popleft()
+            if id(item) in seen:
+                continue
+            seen[id(item)] = item
+            assert not isinstance(item, _FORBIDDEN), f"{path} is a {type(item).__name__}"
+            assert not any(item is secret for secret in secrets), f"{path} is the host's {type(item).__name__}"
+            kind = type(item)
+            assert not kind.__module__.startswith("rlm_sandbox") or kind.__name__ in _OWN, f"{path} is {item!r}"
+            if depth == _DEPTH or (depth > 1 and isinstance(item, _PASSIVE)):
+                continue
+            if kind in (list, tuple, set, frozenset):
+                waiting.extend((f"{path}[]", part, depth + 1) for part in list(item)[:100])
+            elif kind is dict:
+                waiting.extend((f"{path}[{key!r:.30}]", part, depth + 1) for key, part in list(item.items())[:500])
+            for name in {
+                *dir(item),
+                "__name__",
+                "__dict__",
+                "__class__",
+                "__doc__",
+                "__self__",
+                "__func__",
+                "__globals__",
+                "__builtins__",
+            }:
+                try:
+                    found = guarded(item, name)
+                except Exception:
+                    continue
+                waiting.append((f"{path}.{name}", found, depth + 1))
+        assert len(seen) > 5_000, "the walk did not get anywhere"
+
+
+_MUTATE: Final = """
+import json, sys, types
+from rlm_sandbox import Context, Grade, Limits, open_repl
+
+def fingerprint(names):
+    found = {}
+    for name in names:
+        module = sys.modules.get(name)
+        for key, value in vars(module).items() if module else ():
+            where = f"{name}.{key}"
+            found[where] = id(value)
+            if isinstance(value, type):
+                found.update((f"{where}.{k}", id(v)) for k, v in vars(value).items() if k not in ("__abstractmethods__", "_abc_impl"))
+            elif isinstance(value, types.FunctionType):
+                found[f"{where}()"] = (id(value.__code__), repr(value.__defaults__), repr(value.__kwdefaults__), sorted(vars(value)))
+            elif type(value) in (list, dict, set) and not key.startswith("_"):
+                found[f"{where}[]"] = len(value)
+    return found
+
+def functions(repl):
+    return repl.exec(LIST + "\\nfound", read=("found",)).read["found"]
+
+LIST = "\\n".join(f"import {n}" for n in NAMES) + "\\nfound = [id(getattr(m, n)) for m in (" + ", ".join(NAMES) + ") for n in dir(m)]"
+ATTACK = "\\n".join(f"import {n}" for n in NAMES) + '''
+done = {}
+tried = 0
+def attack(obj, depth):
+    global tried
+    if id(obj) in done:
+        return
+    done[id(obj)] = obj
+    for name in dir(obj):
+        try:
+            value = getattr(obj, name)
+        except Exception:
+            continue
+        if isinstance(value, (list, dict, set)):
+            value.clear()
+        if depth:
+            attack(value, depth - 1)
+        for change in (lambda: setattr(obj, name, None), lambda: delattr(obj, name), lambda: setattr(obj, 'mine', 1),
+                       lambda: value.update({'mine': 1}), lambda: value.append(1), lambda: value.add(1),
+                       lambda: value.register(Mine), lambda: functools.wraps(len)(value), lambda: dataclasses.dataclass(value)):
+            tried += 1
+            try:
+                change()
+            except Exception:
+                pass
+class Mine:
+    pass
+for module in (%s, print, len, type, str, dict, ValueError, ctx, llm_query, HostCallError):
+    attack(module, 2)
+''' % ", ".join(NAMES)
+
+context = Context.from_documents(["a needle"], metadata={"files": ["one.txt"]})
+def llm_query(prompt):
+    return prompt
+options = dict(limits=Limits(time_seconds=60), accept=Grade.NONE, trusted=True)
+with open_repl("restricted", **options) as first, open_repl("restricted", **options) as second:
+    for repl in (first, second):
+        repl.bind("ctx", context)
+        repl.bind("llm_query", llm_query)
+    before, theirs = fingerprint([*NAMES, "builtins", "os"]), functions(second)
+    result = first.exec(ATTACK)
+    tried = first.get("tried") if result.ok else result.error
+    after = fingerprint([*NAMES, "builtins", "os"])
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    with open_repl("restricted", **options) as third:
+        fresh = third.exec(SMOKE).value
+    print(json.dumps([tried, changed, functions(second) == theirs, second.exec(SMOKE).value, fresh, context.added_metadata,
+                      vars(llm_query), second.exec("[ctx.find('needle'), llm_query('x')]").value]))
+"""
+_SMOKE: Final = (
+    "import json, collections, re, random, enum, datetime, statistics\n"
+    "class E(enum.Enum):\n    A = 1\n"
+    "[json.loads('[1]'), collections.Counter('aab').most_common(1), re.findall('a', 'aa'), E(1).name, random.Random is None "
+    "if hasattr(random, 'Random') else 0, datetime.date(2020, 1, 2).isoformat(), statistics.mean([1, 3])]"
+)
+_EXPECTED: Final = "[[1], [('a', 2)], ['a', 'a'], 'A', 0, '2020-01-02', 2]"
+
+
+def test_no_attribute_of_a_module_can_be_changed_for_anybody_else() -> None:
+    """Every name of every module, and what hangs on it, set, deleted, cleared and registered with, in one of two sessions."""
+    from rlm_sandbox.backends.restricted.policy.modules import MODULE_NAMES
+
+    head = f"NAMES = {list(MODULE_NAMES)!r}\nSMOKE = {_SMOKE!r}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", head + textwrap.dedent(_MUTATE)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    tried, changed, same, second, fresh, metadata, function, works = json.loads(done.stdout)
+    assert isinstance(tried, int), tried
+    assert tried > 5_000
+    assert changed == []
+    assert same, "the other session has other functions now"
+    assert second == fresh == _EXPECTED
+    assert (metadata, function) == ({"files": ["one.txt"]}, {})
+    assert works == "[[(2, 8, 'needle')], 'x']"
+
+
+#: Found here, not published: `dataclasses` makes source code of the names of fields, and was given a dict that says one name when it is
+#: checked and another when it is used.
+_CHANGING: Final = """
+from dataclasses import dataclass, field
+name = "a:__import__('os').environ.__setitem__('RLM_OWNED', '1')"
+class Changing(dict):
+    def __iter__(self):
+        return iter(["a"])
+    def items(self):
+        return [(name, int)]
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'C = dataclass(repr=False, eq=False)(type("C", (), {"__annotations__": Changing(), name: field(init=False)}))',
+        "class C:\n    __annotations__ = Changing()\nC = dataclass(repr=False, eq=False)(C)",
+        "class C:\n    a: int = 1\n    __annotations__[name] = int\nC = dataclass(repr=False, eq=False)(C)",
+        'C = type("C", (), {"a": 1})\nsetattr(C, "__annotations__", Changing())\nC = dataclass(repr=False, eq=False)(C)',
+        'C = type("C", (), {"a": 1})\nC.__dict__["__annotations__"] = Changing()\nC = dataclass(repr=False, eq=False)(C)',
+    ],
+)
+def test_a_dataclass_makes_no_source_of_what_a_cell_says_later(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RLM_OWNED", raising=False)
+    with open_repl("restricted", accept=Grade.NONE, trusted=True) as repl:
+        assert repl.exec(_CHANGING).ok
+        assert not repl.exec(code).ok
+    assert "RLM_OWNED" not in os.environ
