@@ -17,7 +17,7 @@ __all__ = ("PACKAGE", "digest", "guest_archive")
 #: The package's name inside a guest.
 PACKAGE: Final = "rlm_guest"
 _DIRECTORIES: Final = ("confine", "runners", "wire")
-_CONTEXT: Final = ("stored.py", "view.py")
+_CONTEXT: Final = ("backing.py", "stored.py", "view.py")
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 
 

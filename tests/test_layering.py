@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parent.parent / "rlm_sandbox"
 #: The contract: data, errors, the protocol, and the registry, which imports a backend lazily by name.
 CONTRACT = ("errors", "limits", "results", "protocol", "binding", "options", "registry")
 #: Runs inside guests.
-GUEST = ("wire", "context.view", "context.stored", "prelude", "confine", "runners")
+GUEST = ("wire", "context.view", "context.stored", "context.backing", "prelude", "confine", "runners")
 
 #: First part of a module's name below ``rlm_sandbox`` (or a longer prefix) to what it may import inside the package.
 #: The longest prefix that fits counts. A package may always import from itself.
@@ -45,6 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # The guest side.
     "context.view": GUEST,
     "context.stored": GUEST,
+    "context.backing": GUEST,
     "prelude": GUEST,
     "confine": GUEST,
     "runners": GUEST,
@@ -240,7 +241,7 @@ def test_nothing_is_pickled(name: str) -> None:
 _CTYPES = {
     "backends.wasm._capi_unsafe": "calls of the engine's library that its package does not wrap",
     "confine._syscalls_unsafe": "raw system calls",
-    "context.stored": "reading a str's own memory",
+    "context.backing": "memory files, on Pythons that do not know them",
     "runners.mapped_text": "making a str over mapped memory",
 }
 

@@ -1,4 +1,4 @@
-"""A text in a sealed memory file, as CPython keeps it in memory: every character at the width of the widest one.
+"""A text in a sealed file, as CPython keeps it in memory: every character at the width of the widest one.
 
 So a guest can map the file and use it as the body of a ``str``, and an offset in characters is an offset in bytes.
 The file ends with at least one NUL character and is a whole number of pages long. Standard library only; bundled
@@ -8,16 +8,15 @@ into guests, whose self-test writes such files too.
 from __future__ import annotations
 
 import codecs
-import ctypes
-import fcntl
 import mmap
-import os
 import sys
 from array import array
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ("CODECS", "MemoryFile", "decode_stored", "store_text", "stored_bytes")
+from .backing import Backing
+
+__all__ = ("CODECS", "MemoryFile", "TextWriter", "decode_stored", "store_text", "stored_bytes")
 
 _ORDER: Final = "le" if sys.byteorder == "little" else "be"
 #: Bytes a character to the codec that has this width for every character that fits. The byte order is the machine's,
@@ -29,28 +28,20 @@ for _codec in CODECS.values():
 #: Characters encoded at once: the host never holds a second copy of a large text.
 _SLICE_CHARS: Final = 1 << 20
 
-# <linux/memfd.h>, <linux/fcntl.h>. Literal, because Pythons built against an old libc know neither by name.
-_MFD_CLOEXEC: Final = 0x1
-_MFD_ALLOW_SEALING: Final = 0x2
-_F_ADD_SEALS: Final = 1033
-_F_SEAL_SEAL: Final = 0x1
-_F_SEAL_SHRINK: Final = 0x2
-_F_SEAL_GROW: Final = 0x4
-_F_SEAL_WRITE: Final = 0x8
-
 
 @dataclass(frozen=True, slots=True)
 class MemoryFile:
-    """A text in a sealed memory file, ready to be mapped.
+    """A text in a sealed file, ready to be mapped.
 
     ``chars`` is its length in characters, ``width`` the bytes of each (1, 2 or 4). ``ascii_only`` tells the two
-    layouts of width 1 apart.
+    layouts of width 1 apart. ``in_memory`` is False for a private file on disk, which texts beyond the memory get.
     """
 
     fd: int
     chars: int
     width: int
     ascii_only: bool
+    in_memory: bool = True
 
 
 def stored_bytes(chars: int, width: int) -> int:
@@ -67,50 +58,71 @@ def decode_stored(data: bytes | bytearray, width: int) -> str:
     return text
 
 
+class TextWriter:
+    """Stores a text that comes in pieces. A character wider than all before it widens what is there, in place."""
+
+    def __init__(self, expected_chars: int) -> None:
+        """
+        Args:
+            expected_chars: about how long the text will be: decides whether it goes to memory at first.
+
+        Raises:
+            OSError: there is no file to be had.
+        """
+        self._backing = Backing(expected_chars)
+        self._width = 1
+        self._ascii_only = True
+        self.chars = 0
+
+    def write(self, text: str) -> None:
+        """Add text. Raises OSError if there is no room."""
+        for start in range(0, len(text), _SLICE_CHARS):
+            piece = text[start : start + _SLICE_CHARS]
+            data = _encoded(piece, self._width)
+            while data is None:
+                self._widen(2 * self._width)
+                data = _encoded(piece, self._width)
+            self._backing.write(data, self.chars * self._width)
+            self.chars += len(piece)
+            self._ascii_only = self._ascii_only and piece.isascii()
+
+    def _widen(self, width: int) -> None:
+        """From the end, so that nothing is overwritten before it was read."""
+        for start in range((self.chars - 1) // _SLICE_CHARS * _SLICE_CHARS, -1, -_SLICE_CHARS) if self.chars else ():
+            size = min(_SLICE_CHARS, self.chars - start) * self._width
+            piece = decode_stored(self._backing.read(size, start * self._width), self._width)
+            self._backing.write(piece.encode(CODECS[width], "surrogatepass"), start * width)
+        self._width = width
+
+    def finish(self) -> MemoryFile:
+        """Seal what was written. The caller closes its descriptor."""
+        fd = self._backing.seal(stored_bytes(self.chars, self._width))
+        return MemoryFile(fd, self.chars, self._width, self._ascii_only, self._backing.in_memory)
+
+    def close(self) -> None:
+        """Give it up; not after `finish`."""
+        self._backing.close()
+
+
 def store_text(text: str) -> MemoryFile:
-    """Write ``text`` into a new sealed memory file. The caller closes its descriptor.
+    """Write ``text`` into a new sealed file. The caller closes its descriptor.
 
     Raises:
-        OSError: there is no memory for it, or the machine has no memory files.
+        OSError: there is no room for it, or the machine has no memory files.
     """
-    fd = _create()
+    writer = TextWriter(len(text))
     try:
-        width = next(width for width in CODECS if _write(fd, text, width))
-        os.ftruncate(fd, stored_bytes(len(text), width))
-        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_WRITE)
+        writer.write(text)
+        return writer.finish()
     except BaseException:
-        os.close(fd)
+        writer.close()
         raise
-    return MemoryFile(fd, len(text), width, text.isascii())
 
 
-def _write(fd: int, text: str, width: int) -> bool:
-    """Write ``text`` at ``width``; False at the first character that does not fit (the next width overwrites it all)."""
-    offset = 0
-    for start in range(0, len(text), _SLICE_CHARS):
-        piece = text[start : start + _SLICE_CHARS]
-        try:
-            data = memoryview(piece.encode(CODECS[width], "surrogatepass"))
-        except UnicodeEncodeError:  # latin-1
-            return False
-        if len(data) != len(piece) * width:  # utf-16: a character beyond U+FFFF took two units
-            return False
-        while data:
-            written = os.pwrite(fd, data, offset)
-            offset += written
-            data = data[written:]
-    return True
-
-
-def _create() -> int:
-    name, flags = "rlm-context", _MFD_CLOEXEC | _MFD_ALLOW_SEALING
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create(name, flags)
-    # A Python built against a libc before 2.27 (conda's, uv's before mid-2026) lacks it; the libc it runs on has it.
-    create = getattr(ctypes.CDLL(None, use_errno=True), "memfd_create", None)
-    if create is None:
-        raise OSError("this machine has no memory files (memfd_create); use Linux with glibc 2.27 or newer")
-    fd = int(create(name.encode(), ctypes.c_uint(flags)))
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), "cannot create a memory file")
-    return fd
+def _encoded(piece: str, width: int) -> bytes | None:
+    """``piece`` at ``width``; None if a character does not fit."""
+    try:
+        data = piece.encode(CODECS[width], "surrogatepass")
+    except UnicodeEncodeError:  # latin-1
+        return None
+    return data if len(data) == len(piece) * width else None  # utf-16: a character beyond U+FFFF takes two units

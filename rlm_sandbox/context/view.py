@@ -29,6 +29,10 @@ class ContextView:
         self._spans = spans
         self._metadata = dict(metadata or {})
 
+    def _as_str(self) -> str:
+        """The text for what works on a real ``str`` only: regular expressions."""
+        return self._text
+
     def __len__(self) -> int:
         return len(self._text)
 
@@ -83,7 +87,7 @@ class ContextView:
         found: list[tuple[int, int, str]] = []
         if regex or not case_sensitive:
             compiled = re.compile(pattern if regex else re.escape(pattern), 0 if case_sensitive else re.IGNORECASE)
-            for match in compiled.finditer(text, max(0, start), stop):
+            for match in compiled.finditer(self._as_str(), max(0, start), stop):
                 found.append((match.start(), match.end(), match.group()))
                 if len(found) >= max_matches:
                     break
@@ -164,7 +168,7 @@ class ContextView:
         if not marker.groups:
             raise ValueError("marker_pattern must have a group that matches the page's number, as in 'Page (\\d+)'")
         start = None
-        for match in marker.finditer(self._text):
+        for match in marker.finditer(self._as_str()):
             if start is not None:
                 return self._text[start : match.start()]
             if _number(match.group(1)) == page_number:

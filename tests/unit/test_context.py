@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import mmap
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 
 from rlm_sandbox import Context
-from rlm_sandbox.context import MemoryFile, stored
+from rlm_sandbox.context import MemoryFile, backing, source, stored
 
 
 def test_documents_are_joined_and_keep_their_bounds() -> None:
@@ -125,7 +128,7 @@ def test_a_wide_character_after_the_first_slice(monkeypatch: pytest.MonkeyPatch,
 def test_the_memory_file_is_sealed_and_closed_on_exec() -> None:
     context = Context.from_text("secret")
     fd = context.memory_file().fd
-    assert fcntl.fcntl(fd, stored._F_ADD_SEALS + 1) == 0xF  # F_GET_SEALS: seal, shrink, grow, write
+    assert fcntl.fcntl(fd, backing._F_ADD_SEALS + 1) == 0xF  # F_GET_SEALS: seal, shrink, grow, write
     assert not os.get_inheritable(fd)
     for attempt in (lambda: os.pwrite(fd, b"x", 0), lambda: os.ftruncate(fd, 1), lambda: os.ftruncate(fd, 1 << 20)):
         with pytest.raises(PermissionError):
@@ -160,3 +163,140 @@ def test_the_memory_file_is_closed_with_the_context() -> None:
     gc.collect()
     with contextlib.suppress(OSError):  # closed
         assert os.fstat(fd).st_ino != inode  # or somebody else's by now
+
+
+# ---- large contexts
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of any size are stored while they are read, in pieces that cut through characters."""
+    monkeypatch.setattr(source, "_STREAMED_BYTES", 0)
+    monkeypatch.setattr(source, "_READ_BYTES", 3)
+    monkeypatch.setattr(stored, "_SLICE_CHARS", 4)
+
+
+@pytest.mark.usefixtures("streamed")
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["plain text", "more of it"],
+        ["plain text, then caf\u00e9", "na\u00efve"],
+        ["plain", "caf\u00e9", "\u20ac 5 and \ufeff inside", "again plain"],
+        ["first narrow " * 5, "then \U0001f600 wide", "\u20ac"],
+        ["\U0001f600" * 9, "narrow"],
+    ],
+)
+def test_large_files_become_the_same_context(texts: list[str], tmp_path: Path) -> None:
+    paths = []
+    for index, text in enumerate(texts):
+        paths.append(tmp_path / f"{index}.txt")
+        paths[-1].write_bytes(b"\xef\xbb\xbf" * (index == 0) + text.encode())
+    context = Context.from_files(paths)
+    plain = Context.from_documents(texts)
+    assert context._stored is not None, "it was stored while it was read"
+    assert (len(context), list(context.spans), context.document_lengths()) == (
+        len(plain),
+        list(plain.spans),
+        plain.document_lengths(),
+    )
+    assert list(context) == texts
+    file, expected = context.memory_file(), plain.memory_file()
+    assert (file.chars, file.width, file.ascii_only) == (expected.chars, expected.width, expected.ascii_only)
+    assert _content(file) == _content(expected)
+    for pattern in ("text", "e", "\u20ac", "\U0001f600", "\x00", "absent"):
+        assert context.find(pattern) == plain.find(pattern), pattern
+        assert (pattern in context) == (pattern in plain)
+    assert [context.slice(at, at + 3) for at in range(len(plain))] == [plain.slice(at, at + 3) for at in range(len(plain))]
+    assert context.chunk(7, 2) == plain.chunk(7, 2)
+    assert context.chunk_documents(2) == plain.chunk_documents(2)
+    assert (context[-1], context[2:9:3], context[9:2]) == (plain[-1], plain[2:9:3], plain[9:2])
+    assert not isinstance(context._text, str), "none of this needs the text in memory"
+    assert context.find("[a-z]+", regex=True) == plain.find("[a-z]+", regex=True)
+    assert context.text == plain.text
+
+
+@pytest.mark.usefixtures("streamed")
+def test_what_cannot_be_streamed_says_so_and_leaves_nothing_open(tmp_path: Path) -> None:
+    (tmp_path / "good").write_text("good")
+    (tmp_path / "empty").touch()
+    (tmp_path / "nul").write_bytes(b"text, then PK\x03\x04\x00\x00")
+    (tmp_path / "latin").write_bytes(b"a caf\xc3\xa9 and a caf\xe9 au lait")
+    (tmp_path / "cut").write_bytes(b"the end of a caf\xc3")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for name, words in (
+        ("empty", "is empty; leave it out"),
+        ("nul", "binary file"),
+        ("latin", r"is not utf-8 text \(byte 17 does not fit\); convert it"),
+        ("cut", r"byte 16 does not fit"),
+        ("absent", "No such file"),
+    ):
+        with pytest.raises((ValueError, OSError), match=words):
+            Context.from_files([tmp_path / "good", tmp_path / name])
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def _opened(fd: int) -> str:
+    return str(Path(f"/proc/self/fd/{fd}").readlink())
+
+
+@pytest.mark.parametrize("budget", [0, 100])
+def test_a_text_too_large_for_memory_goes_to_a_file_without_a_name(
+    budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget of nothing: it begins there. One that is met on the way: it moves, and nothing is lost."""
+    monkeypatch.setattr(backing, "memory_budget", lambda: budget)
+    monkeypatch.setattr(stored, "_SLICE_CHARS", 16)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    text = "narrow at first, " * 4 + "\u20ac " * 30
+    writer = stored.TextWriter(1)
+    writer.write(text)
+    file = writer.finish()
+    try:
+        assert not file.in_memory
+        assert str(tmp_path) in _opened(file.fd)
+        assert not list(tmp_path.iterdir())
+        assert fcntl.fcntl(file.fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        assert stored.decode_stored(_content(file)[: file.chars * file.width], file.width) == text
+        with pytest.raises(OSError):
+            os.pwrite(file.fd, b"x", 0)
+    finally:
+        os.close(file.fd)
+
+
+def test_a_full_disk_is_an_error_that_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match=r"no room to store the context.*TMPDIR") as caught:
+        Context.from_text("text").memory_file()
+    assert caught.value.errno == errno.ENOSPC
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from rlm_sandbox import Context
+
+def status(name):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+before = status("VmHWM:")
+context = Context.from_files(sys.argv[1:])
+context.memory_file()
+assert context[:6] == "needle" and "needle" not in context[7:1_000_007] and len(context) > 60_000_000, len(context)
+print(status("VmHWM:") - before, status("RssAnon:"))
+"""
+
+
+def test_large_files_are_never_held_by_the_host(tmp_path: Path) -> None:
+    """64 MB: the peak of what the host has in memory grows by a small part of it."""
+    path = tmp_path / "large.txt"
+    with path.open("w") as file:
+        file.write("needle ")
+        for _ in range(64):
+            file.write("0123456789abcde\n" * 62_500)
+    found = subprocess.run([sys.executable, "-c", _PEAK, path], capture_output=True, text=True, timeout=60, check=True)
+    grown_kb, _ = map(int, found.stdout.split())
+    assert grown_kb < 16_000, found.stdout

@@ -121,8 +121,8 @@ def make_context(context: Context) -> Any:
         __module__="host",
         __len__=lambda self: len(context),
         __bool__=lambda self: bool(context),
-        __getitem__=lambda self, key: context.text[key],
-        __contains__=lambda self, part: part in context.text,
+        __getitem__=lambda self, key: context[key],
+        __contains__=lambda self, part: part in context,
         __iter__=iterate,
         __repr__=lambda self: repr(context),
     )

@@ -44,7 +44,7 @@ class Peer(Protocol):
 
 
 def _piece(context: Context | None, start: int) -> str:
-    return "" if context is None else pack_text(context.text[start : start + _PIECE_CHARS])
+    return "" if context is None else pack_text(context[start : start + _PIECE_CHARS])
 
 
 class LivePeer:
