@@ -1,9 +1,6 @@
 """Published ways out of the systems that `restricted` resembles, and what is known to remain.
 
-The attacks are written after short descriptions of the advisories they are named for; they are not the original exploits, and
-an advisory may have had more to it. Not here: what concerns a host application or Pyodide alone (grist 2353, CVE-2025-68668).
-
-Each attack leaves what it reached in ``r``; the verdict looks at that object from the host, not at what the cell says. The
+The attacks are in ``restricted_attacks.py``. Each leaves what it reached in ``r``; the verdict looks at that object from the host, not at what the cell says. The
 same attack in plain Python is the control: one that reaches nothing there proves nothing here. What is known to remain is
 marked "not contained, by design", strictly: a hole that closes fails the run until this list and
 ``docs/limitations/restricted.md`` are corrected.
@@ -16,6 +13,7 @@ import collections
 import collections.abc
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -30,6 +28,7 @@ from rlm_sandbox import BackendUnavailable, Grade, Limits, Opaque, open_repl
 from rlm_sandbox.registry import Availability, load_backend
 
 from ..conftest import require_usable
+from .restricted_attacks import ATTACKS, NO_PAYLOAD, Attack
 
 CANARY: Final = "canary-3f9a71"
 PAGE: Final = Path(__file__).parents[2] / "docs" / "limitations" / "restricted.md"
@@ -62,128 +61,6 @@ def leaked(value: Any, depth: int = 0) -> bool:
     if depth < 2 and isinstance(value, list | tuple):
         return any(leaked(item, depth + 1) for item in value)
     return False
-
-
-class Attack(NamedTuple):
-    """``control``: it reaches something in plain Python too (not so where the hole was in a system of its own making)."""
-
-    code: str
-    control: bool = True
-
-
-F: Final = "def f():\n    return 1\n"
-
-RESTRICTED_PYTHON: Final = {
-    "CVE-2023-37271 generator": Attack("def gen():\n    yield g.gi_frame\ng = gen()\nr = next(g)"),
-    "CVE-2023-37271 back": Attack("g = (g.gi_frame.f_back for _ in [1])\nr = [g.gi_frame]"),
-    "CVE-2023-37271 getattr": Attack("def gen():\n    yield 1\nr = getattr(gen(), 'gi_frame')"),
-    "CVE-2023-37271 code": Attack("def gen():\n    yield 1\nr = gen().gi_code"),
-    "CVE-2023-41039 format": Attack(f"{F}r = '{{0.__globals__}}'.format(f)"),
-    "CVE-2023-41039 format_map": Attack(f"{F}r = '{{x.__globals__}}'.format_map({{'x': f}})"),
-    "CVE-2023-41039 class": Attack(f"{F}r = str.format('{{0.__globals__}}', f)"),
-    "CVE-2023-41039 getattr": Attack(f"{F}r = getattr('{{0.__globals__}}', 'format')(f)"),
-    "CVE-2023-41039 map": Attack(f"{F}r = list(map(str.format, ['{{0.__globals__}}'], [f]))"),
-    "CVE-2023-41039 subclass": Attack(f"{F}class S(str):\n    pass\nr = S('{{0.__globals__}}').format(f)"),
-    "CVE-2024-47532 obj": Attack("import string\ntry:\n    string.nothing\nexcept AttributeError as e:\n    r = e.obj"),
-    "CVE-2024-47532 name": Attack("import math\ntry:\n    math.nothing\nexcept AttributeError as e:\n    r = getattr(e, 'obj')"),
-    "CVE-2025-22153 except*": Attack("try:\n    raise ValueError\nexcept* ValueError as e:\n    r = e.__class__.__base__.__subclasses__"),
-    "CVE-2026-55830 positional": Attack("def g():\n    pass\ndef f(_getattr_, /):\n    return g.__globals__\nr = f(lambda o, n: o)"),
-    "CVE-2026-55830 lambda": Attack("def g():\n    pass\nr = (lambda _write_, /: g.__globals__)(0)"),
-    "CVE-2026-55830 hook names": Attack(f"{F}def g(_getattr_, _getitem_, _write_, getattr, /):\n    return f.__globals__\nr = g(1, 2, 3, 4)"),
-    "CVE-2026-76825 Formatter": Attack(f"{F}import string\nr = string.Formatter().format('{{0.__globals__}}', f)"),
-    "PR 330 attrgetter": Attack(f"{F}import operator\nr = operator.attrgetter('__globals__')(f)"),
-    "PR 330 dotted": Attack("import operator\nr = operator.attrgetter('__class__.__base__.__subclasses__')('a')"),
-    "PR 330 methodcaller": Attack("import operator\nr = operator.methodcaller('__dir__')(1) and operator.methodcaller('__subclasses__')(object)"),
-    "an __import__ of the host": Attack("r = __import__('os')"),
-    "an __import__ by getattr": Attack("import builtins\nr = getattr(builtins, '__import__')"),
-}  # fmt: skip
-SMOLAGENTS: Final = {
-    "CVE-2025-5120 getattr": Attack(f"{F}r = getattr(f, '__globals__')"),
-    "CVE-2025-5120 random": Attack("import random\nr = random._os"),
-    "CVE-2025-5120 json": Attack("import json\nr = json.codecs"),
-    "CVE-2025-5120 re": Attack("import re\nr = re.enum.sys"),
-    "CVE-2025-5120 statistics": Attack("import statistics\nr = statistics.math"),
-    "CVE-2025-5120 dataclasses": Attack("import dataclasses\nr = dataclasses.sys.modules"),
-    "CVE-2025-5120 from": Attack("from json import codecs\nr = codecs"),
-    "CVE-2025-5120 collections": Attack("from collections import _sys as r"),
-    "CVE-2025-5120 queue": Attack("import queue\nr = queue.threading"),
-    "CVE-2025-9959 walk": Attack("r = [c for c in ().__class__.__base__.__subclasses__() if c.__name__ == 'Popen']"),
-    "CVE-2025-9959 subclasses": Attack("r = object.__subclasses__"),
-    "CVE-2025-9959 type": Attack("r = type(1).__base__.__subclasses__"),
-    "CVE-2026-4963 str subclass": Attack(
-        f"{F}class S(str):\n    def startswith(self, *a):\n        return False\nr = getattr(f, S('__globals__'))"
-    ),
-    "CVE-2026-4963 default": Attack(
-        f"{F}class S(str):\n    def __str__(self):\n        return 'real'\nr = getattr(f, S('__globals__'), None)"
-    ),
-    "CVE-2026-4963 decorator": Attack(f"{F}@f.__globals__.get\nclass __builtins__:\n    pass\nr = f.__globals__"),
-    "CVE-2026-2654 request": Attack("import urllib.request\nr = urllib.request"),
-    "CVE-2026-2654 socket": Attack("import socket\nr = socket"),
-    "2094 ctypes": Attack("import ctypes\nr = ctypes"),
-    "2271 format": Attack("r = '{0.__class__.__base__.__subclasses__}'.format('a')"),
-    "CVE-2025-14931 reduce": Attack("import os\nclass E:\n    def __reduce__(self):\n        return (os.system, ('true',))\nr = E().__reduce__()"),
-}  # fmt: skip
-ASTEVAL: Final = {
-    "CVE-2025-24359 f-string": Attack(f"{F}r = f'{{f.__globals__}}'"),
-    "CVE-2025-24359 nested": Attack(f"{F}r = f'{{f.__globals__!r:>{{1}}}}'"),
-    "GHSA-vp47-9734-prjw code": Attack(f"{F}r = f.__code__"),
-    "GHSA-vp47-9734-prjw replace": Attack(f"{F}f.__code__ = f.__code__.replace(co_consts=(None, 2))\nr = f.__code__"),
-    "86 reduce": Attack("r = ''.__reduce_ex__(2)[0].__globals__"),
-    "86 reduce by getattr": Attack("r = getattr('', '__reduce_ex__')(2)[0].__globals__"),
-}
-N8N: Final = {
-    "CVE-2026-0863 format": Attack("import math\ntry:\n    '{0.nothing}'.format(math)\nexcept AttributeError as e:\n    r = e.obj"),
-    "CVE-2026-49444 traceback": Attack("try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    r = e.__traceback__.tb_frame"),
-    "CVE-2026-49444 exit": Attack(
-        "class M:\n    def __enter__(self):\n        return 1\n    def __exit__(self, kind, value, tb):\n        global r\n        r = tb.tb_frame\n"
-        "        return True\nwith M():\n    1 / 0"
-    ),
-    "CVE-2026-49444 match": Attack("def gen():\n    yield 1\nmatch gen():\n    case object(gi_frame=r):\n        pass"),
-    "CVE-2023-36258 exec": Attack("exec('import os')\nr = os"),
-    "CVE-2023-44467 eval": Attack("r = eval('__import__(\"os\")')"),
-    "CVE-2024-27444 bases": Attack("r = ''.__class__.__mro__[1].__subclasses__"),
-    "CVE-2024-38459 import": Attack("import os\nr = os"),
-}
-LOCAL_REPLS: Final = {
-    "import os": Attack("import os\nr = os.environ['RLM_CANARY']"),
-    "open": Attack("with open(CANARY_FILE) as file:\n    r = file.read()"),
-    "environ by sys": Attack("import sys\nr = sys.modules['os']"),
-    "globals": Attack("r = globals()['__builtins__']"),
-    "vars": Attack("import json\nr = vars(json)"),
-    "builtins": Attack("r = __builtins__"),
-    "a host function's globals": Attack("r = llm_query.__globals__"),
-    "a host function's closure": Attack("r = llm_query.__closure__ or llm_query.__globals__"),
-    "a host function's self": Attack("r = llm_query.__call__.__self__.__globals__"),
-    "compile": Attack("r = compile('1', 'x', 'eval')"),
-    "loader": Attack("import json\nr = json.__loader__.get_source.__globals__"),
-    "spec": Attack("r = [__spec__, __loader__, __builtins__]"),
-    "NFKC": Attack(f"{F}r = f.__\uff47lobals__"),
-    "super": Attack("r = super(int, 1).__getattribute__('__class__').__base__.__subclasses__"),
-    "metaclass": Attack("class M(type):\n    pass\nclass C(metaclass=M):\n    pass\nr = C.__base__.__subclasses__"),
-    "mro": Attack("r = int.mro()[1].__subclasses__"),
-    "type with dunder": Attack("C = type('C', (), {'__getattribute__': object.__getattribute__})\nr = C().__class__.__base__.__subclasses__"),
-    "partial": Attack(f"{F}import functools\nr = functools.partial(getattr, f, '__globals__')()"),
-    "sorted key": Attack(f"{F}r = [getattr(*pair) for pair in [(f, '__globals__')]]"),
-    "dataclass field": Attack(
-        "from dataclasses import dataclass\nC = type('C', (), {'__annotations__': {'a:int=r.append(__import__(\"os\"))': int}})\nr = []\n"
-        "C = dataclass(C)\nr = [__import__('os')]",
-        control=False,
-    ),
-    "asyncio": Attack("import asyncio\nr = asyncio.sys"),
-    "gc": Attack("import gc\nr = gc.get_objects()[:1] and gc"),
-    "inspect": Attack("import inspect\nr = inspect.currentframe()"),
-    "importlib": Attack("import importlib\nr = importlib.import_module('os')"),
-    "pickle": Attack("import pickle\nr = pickle.loads(b'cos\\nsystem\\n.')"),
-    "lru_cache": Attack(f"{F}import functools\nr = functools.lru_cache(f).__wrapped__.__globals__"),
-    "async frame": Attack("async def c():\n    pass\nx = c()\nr = x.cr_frame\nx.close()"),
-}  # fmt: skip
-ATTACKS: Final = {
-    f"{system}: {name}": attack
-    for system, attacks in (
-        ("RestrictedPython", RESTRICTED_PYTHON), ("smolagents", SMOLAGENTS), ("asteval", ASTEVAL), ("n8n, PAL", N8N), ("RLM", LOCAL_REPLS),
-    )
-    for name, attack in attacks.items()
-}  # fmt: skip
 
 
 def llm_query(prompt: str) -> str:
@@ -241,6 +118,28 @@ def test_the_attack_bites_in_plain_python(attack: Attack, planted: Path) -> None
     }
     exec(compile(attack.code, "<control>", "exec", dont_inherit=True), names)
     assert leaked(names["r"]) or isinstance(names["r"], type) or callable(names["r"])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "raise SystemExit(3)",
+        "raise KeyboardInterrupt",
+        "raise GeneratorExit",
+        "raise BaseException('out')",
+        "class E(BaseException):\n    pass\nraise E",
+        "raise StopIteration",
+        "def g():\n    yield 1\n    raise KeyboardInterrupt\nlist(g())",
+        "class C:\n    def __repr__(self):\n        raise SystemExit\nC()",
+        "class E(Exception):\n    def __str__(self):\n        raise KeyboardInterrupt\nraise E",
+        "x = [SystemExit]\nraise x[0]",
+    ],
+)
+def test_no_exception_leaves_the_session(session: Any, code: str) -> None:
+    """asteval CVE-2026-55244: what is no Exception went past the interpreter, into the host."""
+    result = session.exec(code)
+    assert result.outcome == "error"
+    assert session.exec("alive = 1").ok
 
 
 # ---- what is shared with the host and other sessions stays as it is
@@ -398,3 +297,24 @@ def test_the_page_lists_every_hole() -> None:
         if line.startswith("| `")
     ]
     assert sorted(listed) == sorted(HOLES)
+
+
+_ID: Final = r"CVE-\d+-\d+|GHSA(?:-\w{4}){3}|PVE-\d+-\d+|(?:PR|issue|grist-core|open-chat-studio) \d+"
+#: Advisories whose tests are functions of their own, above.
+_ELSEWHERE: Final = {("RestrictedPython", "open-chat-studio 4238"), ("asteval", "CVE-2026-55244")}
+
+
+def test_the_page_lists_every_advisory_and_no_other() -> None:
+    table = PAGE.read_text("utf-8").partition("## Published advisories")[2].partition("\n## ")[0]
+    listed = re.findall(rf"^\| (\w+) \| ({_ID}) \| \S", table, re.MULTILINE)
+    assert len(listed) == len(set(listed)) == len([line for line in table.splitlines() if line.startswith("| ")]) - 1
+    tested = set(_ELSEWHERE)
+    for key in ATTACKS:
+        system, _, name = key.partition(": ")
+        found = re.match(_ID, name)
+        if found:
+            tested.add((system, found[0]))
+        else:
+            assert system == "RLM" or name.startswith("an __import__"), key
+    assert set(listed) == tested
+    assert {advisory for _, advisory in listed} >= NO_PAYLOAD
