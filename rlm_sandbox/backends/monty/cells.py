@@ -94,6 +94,13 @@ def read_cell(code: str, objects: Mapping[str, Collection[str]]) -> Cell:
                     problem=f"ValueError: line {node.lineno}: a text with lone surrogates does not exist in this language "
                     f"subset; {remedy(Feature.CPYTHON)}",
                 )
+    ignored = _ignored_method(nodes) if ast.ClassDef in kinds else None
+    if ignored is not None:
+        return Cell(
+            code,
+            problem=f"NotImplementedError: line {ignored.lineno}: this subset of Python does not call {ignored.name} of a class; "
+            f"give the method a name of its own and call it, or {remedy(Feature.CPYTHON)}",
+        )
     stray = _stray_return(tree) if ast.Return in kinds else None
     if stray is not None:
         # The engine would take it as the cell's end.
@@ -204,6 +211,26 @@ def _stray_return(tree: ast.Module) -> int | None:
             return node.lineno
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             pending.extend(ast.iter_child_nodes(node))
+    return None
+
+
+#: Special methods that the engine never calls, nor says that it does not.
+_IGNORED: Final = frozenset(
+    f"__{name}__"
+    for name in (
+        "len", "bool", "lt", "le", "gt", "ge", "ne", "getattr", "getattribute", "setattr", "delattr", "delitem", "format", "bytes",
+        "complex", "reversed", "new", "del", "class_getitem", "init_subclass", "set_name", "get", "set", "await", "fspath", "dir",
+        "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul",
+    )
+)  # fmt: skip
+
+
+def _ignored_method(nodes: list[ast.AST]) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef) and item.name in _IGNORED:
+                    return item
     return None
 
 

@@ -15,6 +15,27 @@ _rlm_leaves = {
 }  # fmt: skip
 
 
+_rlm_round = round
+
+
+def round(number: object, ndigits: object = None) -> object:  # noqa: A001 - it takes the place of the engine's
+    """The engine rounds what lies just below the middle up: 2.675 to 2.68. Its formatting is right."""
+    if type(number) is float and type(ndigits) is int and 0 <= ndigits <= 300 and -1e300 < number < 1e300:
+        return float(f"{number:.{ndigits}f}")
+    return _rlm_round(number, ndigits)  # type: ignore[call-overload]
+
+
+_rlm_hasattr = hasattr
+#: Type name to the names of its methods between blanks: texts are dumped fast. The host adds it: to the engine a method is
+#: no attribute of a built-in value.
+_rlm_methods: dict[str, str] = {}
+
+
+def hasattr(value: object, name: object) -> bool:  # noqa: A001 - it takes the place of the engine's
+    """As the engine's, but methods of built-in values count."""
+    return _rlm_hasattr(value, name) or f" {name} " in _rlm_methods.get(type(value).__name__, "")  # type: ignore[arg-type]
+
+
 def _rlm_echo(value: object) -> str | None:
     """What the last expression of a cell shows."""
     return None if value is None else repr(value)

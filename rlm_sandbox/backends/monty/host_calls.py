@@ -12,11 +12,9 @@ import pydantic_monty as monty
 from ...bridge.context_calls import CONTEXT_ERRORS, BoundContext
 from ...bridge.handles import CallFailed, CallRefused, CallReturned, HandleTable, HostCall, Outcome
 from ...context import Context
-from ...protocol import Feature
 from ...wire.codec import HandleRef, ValueRefused
 from . import values
 from .cells import OPERATOR_METHODS, SLICE_METHOD
-from .remedy import remedy
 
 __all__ = ("HostDoor",)
 
@@ -176,7 +174,7 @@ class HostDoor:
         else:
             found = self._functions.get(name)
             if found is None:
-                return _raise("NameError", _unknown_name(name))
+                return _raise("NameError", f"name {name[:200]!r} is not defined")
             handle, named = found
             method = named  # type: ignore[assignment]
         try:
@@ -239,19 +237,6 @@ def _raise(exc_type: str, message: str) -> Answer:
     return {"exc_type": exc_type, "message": message}
 
 
-_MISSING_BUILTINS: Final = frozenset(
-    {"dir", "globals", "vars", "input", "exit", "quit", "help", "compile", "memoryview", "bytearray", "__import__", "breakpoint",
-     "super", "property", "classmethod", "staticmethod", "aiter", "anext"}
-)  # fmt: skip
-
-
 def _owner(call: HostCall) -> Any:
     """The object of a method. Host objects are not asked for it, nor whether they are true: that may be code that raises."""
     return call.function.__self__ if type(call.function) is MethodType else None
-
-
-def _unknown_name(name: str) -> str:
-    text = f"name {name[:200]!r} is not defined"
-    if name in _MISSING_BUILTINS:
-        text += f" in this subset of Python; {remedy(Feature.CPYTHON)}"
-    return text

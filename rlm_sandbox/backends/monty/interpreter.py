@@ -24,7 +24,7 @@ __all__ = ("OWN_NAMES", "FeedEnded", "Interpreter", "Origin", "Point")
 log: Final = logging.getLogger("rlm_sandbox.host_calls")
 
 #: Names of the intrinsics, which are no variables of the guest until it makes them some.
-OWN_NAMES: Final = frozenset({"HostCallError", "session_names"})
+OWN_NAMES: Final = frozenset({"HostCallError", "hasattr", "round", "session_names"})
 #: A recovery point is written while nobody waits; the next call waits for the rest of it this long.
 _DUMP_SECONDS: Final = 20.0
 #: Loading a recovery point ends within this, or the session starts empty.

@@ -20,13 +20,12 @@ import pydantic_monty as monty
 
 from ...bridge.handles import HostCall, Outcome, run_call
 from ...bridge.host_pool import HostPool
-from ...protocol import Feature
 from ...results import OutputChunk, Stream
 from . import values
 from .alarms import alarms, signal_watch
 from .host_calls import Answer, HostDoor
 from .pool import INSIDE
-from .remedy import remedy
+from .remedy import missing_module
 from .worker import Worker
 
 __all__ = ("Clock", "EngineFailed", "Turn", "TurnStopped")
@@ -367,10 +366,7 @@ class Turn:
             return {"return_value": None}
         if name == "import":
             module = str(args[0])[:100] if args else ""
-            return {
-                "exc_type": "ModuleNotFoundError",
-                "message": f"No module named {module!r} in this subset of Python; {remedy(Feature.IMPORTS)}",
-            }
+            return {"exc_type": "ModuleNotFoundError", "message": missing_module(module)}
         return None
 
     def _name(self, snapshot: monty.NameLookupSnapshot) -> Callable[[], Any]:

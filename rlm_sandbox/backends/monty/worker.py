@@ -31,7 +31,13 @@ KERNEL_LIMITS: Final = hasattr(resource, "prlimit")
 MAX_DUMP_BYTES: Final = 256 << 20
 #: Heaps with more than this are not tried: their dump would not fit, and the attempt takes seconds.
 _TRIED_BYTES: Final = 3 * MAX_DUMP_BYTES
-_INTRINSICS: Final = Path(__file__).with_name("guest_intrinsics.py").read_text(encoding="utf-8")
+_METHODS: Final = {
+    kind.__name__: f" {' '.join(sorted(set(dir(kind)) - set(dir(object))))} "
+    for kind in (str, bytes, int, float, list, tuple, dict, set, frozenset)
+}
+_INTRINSICS: Final = (
+    Path(__file__).with_name("guest_intrinsics.py").read_text(encoding="utf-8") + f"\n_rlm_methods = {_METHODS!r}\n"
+)
 #: What the interpreter itself may take beyond the guest's heap.
 SLACK_BYTES: Final = 32 << 20
 #: Address space the allocator reserves without using it.
