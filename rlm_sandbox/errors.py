@@ -10,6 +10,7 @@ __all__ = (
     "BackendUnavailable",
     "GuestCrashed",
     "GuestError",
+    "InputRefused",
     "LimitExceeded",
     "PoolTimeout",
     "ProtocolViolation",
@@ -83,6 +84,19 @@ class BackendUnavailable(SandboxError):
     def __init__(self, backend: str, reason: str, remedy: str) -> None:
         super().__init__(f"backend {backend!r} is unavailable: {reason}; {remedy}")
         self.backend = backend
+        self.reason = reason
+        self.remedy = remedy
+
+
+class InputRefused(SandboxError, ValueError):
+    """A file or a package that a session was to be opened with cannot be given to it. ``remedy`` names what to do.
+
+    There is no session. A retry is sensible after the remedy. ``name`` is the file's name in the guest, or the package's.
+    """
+
+    def __init__(self, name: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{name!r} cannot be given to the session: {reason}; {remedy}")
+        self.name = name
         self.reason = reason
         self.remedy = remedy
 

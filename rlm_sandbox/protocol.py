@@ -234,7 +234,16 @@ class SupportsReadFile(Protocol):
     """A session whose files can be brought out."""
 
     def read_file(self, name: str) -> bytes:
-        """The content of a file below the guest's ``/tmp``, capped at ``value_bytes``."""
+        """The content of a regular file below the guest's ``/tmp``, relative to it or absolute; at most ``value_bytes``.
+
+        What a link in the guest leads to is a file of the guest.
+
+        Raises:
+            ValueError, TypeError: the name leads out of ``/tmp``.
+            GuestError: there is no such file, or it is a directory, pipe or device.
+            LimitExceeded: it is larger.
+            GuestCrashed, ProtocolViolation: the guest went wrong while it was read.
+        """
 
 
 @runtime_checkable

@@ -203,12 +203,18 @@ def _checked_config(
         raise TypeError(f"setup must be source code as a str, not {type(setup).__name__}")
     if isinstance(packages, str):
         raise TypeError(f"packages takes a tuple of names, not one string; write ({packages!r},)")
+    if not all(isinstance(name, str) and name for name in packages):
+        raise TypeError("packages takes names as texts that are not empty")
+    if files != () and not isinstance(files, Mapping):
+        raise TypeError(f"files takes a dict of names and paths, not {type(files).__name__}")
+    if not all(isinstance(name, str) for name in dict(files)):
+        raise TypeError("files takes names as texts")
     if options is not None and not isinstance(options, BackendOptions):
         raise TypeError(f"options must be a backend's options object such as JailOptions(), not {type(options).__name__}")
     return SessionConfig(
         limits=limits,
         setup=setup,
-        files={str(name): Path(path) for name, path in dict(files).items()},
+        files={name: Path(path) for name, path in dict(files).items()},
         packages=tuple(packages),
         recovery=bool(recovery),
         options=options,
@@ -256,13 +262,15 @@ def open_repl(
         accept: the lowest grade of enforcement the caller accepts for the limits asked for.
         trusted: the code in the cells is trusted. Needed below ``Grade.HARD``, in so many words.
         setup: source run in the guest at the start and again after every reset; an error in it is a `GuestError`.
-        files: name to host path, read-only in the guest, where the backend has the capability.
-        packages: names of host packages importable in the guest, where the backend has the capability.
+        files: name to host path of a file or directory, read-only at ``/input/NAME``, where the backend has the capability.
+        packages: names of packages of this environment, importable in the guest with what they depend on, where the backend
+            has the capability.
         recovery: keep a recovery point, so that a killed cell costs only itself.
         options: the backend's typed options.
 
     Raises:
         BackendUnavailable: with the remedy.
+        InputRefused: a file or package cannot be given to the session, with the remedy.
         UnsupportedLimit: a limit cannot be enforced at the accepted grade.
         TypeError, ValueError: an argument is wrong.
     """

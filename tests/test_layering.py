@@ -40,6 +40,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "adapters": ("errors", "orchestrator"),
     "orchestrator": (*CONTRACT, "context", "prelude"),
     "bundle": (),
+    "usercache": (),
     # What `doctor` tries: the contract's backends, and the guest side's own confinement, mechanism by mechanism.
     "diagnosis": (*CONTRACT, "confine", "runners.mapped_text"),
     # The guest side.
@@ -51,7 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "runners": GUEST,
 }
 #: A backend may also use the guest side's sources: it bundles and launches them.
-ALLOWED["backends"] += ("bundle", "confine", "runners", "prelude")
+ALLOWED["backends"] += ("bundle", "usercache", "confine", "runners", "prelude")
 
 #: The faces may import anything public: no private module, and no backend but through the registry.
 FACES_MAY_NOT = ("backends", "wire", "confine", "runners")
@@ -64,6 +65,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "rlm_policy": ("backends.restricted.policy.guest_boot",),  # the policy itself, under its name in a guest
     "docker": ("backends.docker",),
     "requests": ("backends.docker",),  # docker-py's transport, for its exceptions
+    "packaging": ("backends.jail",),
     "wasmtime": ("backends.wasm",),
     "componentize_py": ("backends.wasm.build",),
     "wit_world": ("runners.wasm_main",),  # what the component's tool makes of the guest's interface

@@ -23,10 +23,11 @@ from ..registry import SessionConfig
 from ..results import LimitHit, State
 from ..wire.codec import Attachment, Encoder
 from ..wire.frames import dump_frame
-from ..wire.messages import BindText, Message, Protect, dump_message
+from ..wire.messages import BindText, Message, Protect, ReadFile, dump_message
 from .capture import Capture
 from .exchange import TurnEnd
 from .guest import Death, Guest, GuestLost
+from .guest_files import checked_path, collect
 from .readiness import Readiness
 from .session import Session
 from .turn import Turn, WakePipe
@@ -89,6 +90,16 @@ class FramedSession(Session):
         except BaseException:
             self.close()
             raise
+
+    def read_file(self, name: str) -> bytes:
+        """The content of a file below the guest's ``/tmp``, capped at ``value_bytes``. See `SupportsReadFile`."""
+        path = checked_path(name)
+
+        def read(offset: int, size: int) -> object:
+            return self._plain_turn(ReadFile(path, offset, size)).value
+
+        with self._call():
+            return collect(read, self._limits.value_bytes)
 
     # ---- what the session asks of its guest
 

@@ -19,7 +19,7 @@ from ..registry import SessionConfig
 from ..results import ExecResult, OutputChunk, State, Usage
 from ..wire.codec import Attachment, Encoder, ValueRefused
 from ..wire.frames import FrameTooLarge
-from ..wire.messages import BindObject, Configure, Exec, Get, Message, Names, SetValue
+from ..wire.messages import BindObject, Configure, Exec, Get, Message, Names, ReadFile, SetValue
 from .capture import Capture
 from .exchange import TurnEnd, shown
 from .guest import Death, GuestLost
@@ -359,7 +359,7 @@ class Session(abc.ABC):
     ) -> TurnEnd:
         """A turn that is not a cell: what goes wrong is raised. ``beside`` is what travels beside the message."""
         # Reading runs guest code (a repr), which is killed like a cell; it must not cost what was set since the last one.
-        self._prepare(protect=isinstance(message, Get | Names))
+        self._prepare(protect=isinstance(message, Get | Names | ReadFile))
         try:
             end = self._turn(limits or self._limits, Capture(0), message, attachments or [], beside)
         except FrameTooLarge as exc:

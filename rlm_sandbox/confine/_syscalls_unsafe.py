@@ -43,6 +43,8 @@ _NR_PIVOT_ROOT: Final = 155
 _NR_SECCOMP: Final = 317
 _NR_CAPSET: Final = 126
 _NR_PIDFD_SEND_SIGNAL: Final = 424
+_NR_OPEN_TREE: Final = 428
+_NR_MOVE_MOUNT: Final = 429
 _NR_MOUNT_SETATTR: Final = 442
 _NR_LANDLOCK_CREATE_RULESET: Final = 444
 _NR_LANDLOCK_RESTRICT_SELF: Final = 446
@@ -52,6 +54,11 @@ _AT_RECURSIVE: Final = 0x8000
 _AT_FDCWD: Final = -100
 _MOUNT_ATTR_RDONLY: Final = 0x1
 _MOUNT_ATTR_NOSUID: Final = 0x2
+_MOUNT_ATTR_NODEV: Final = 0x4
+_MOUNT_ATTR_NOEXEC: Final = 0x8
+_AT_EMPTY_PATH: Final = 0x1000
+_OPEN_TREE_CLONE: Final = 1
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _SECCOMP_SET_MODE_FILTER: Final = 1
 _SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
 #: Since 5.19: once the supervisor has a notification, only a fatal signal interrupts the caller, so one call of the
@@ -110,6 +117,43 @@ def make_read_only(path: str, *, recursive: bool) -> None:
         ctypes.c_size_t(len(attributes)),
     )
     _check(result, "mount_setattr")
+
+
+def detached_mount(path: str) -> int:
+    """open_tree(2), Linux 5.2: a descriptor of a mount of its own of what ``path`` names now, without what is mounted below it.
+    It is read-only, without devices and without execution, before anybody else can hold it."""
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
+    result = _syscall(ctypes.c_long(_NR_OPEN_TREE), ctypes.c_int(_AT_FDCWD), os.fsencode(path), flags)
+    tree = _check(result, "open_tree")
+    wanted = _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOEXEC
+    attributes = struct.pack("<QQQQ", wanted, 0, 0, 0)
+    try:
+        result = _syscall(
+            ctypes.c_long(_NR_MOUNT_SETATTR),
+            ctypes.c_int(tree),
+            b"",
+            ctypes.c_uint(_AT_EMPTY_PATH),
+            attributes,
+            ctypes.c_size_t(len(attributes)),
+        )
+        _check(result, "mount_setattr")
+    except BaseException:
+        os.close(tree)
+        raise
+    return tree
+
+
+def attach_mount(tree: int, target: str) -> None:
+    """move_mount(2), Linux 5.2: put a detached mount onto ``target``."""
+    result = _syscall(
+        ctypes.c_long(_NR_MOVE_MOUNT),
+        ctypes.c_int(tree),
+        b"",
+        ctypes.c_int(_AT_FDCWD),
+        os.fsencode(target),
+        ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH),
+    )
+    _check(result, "move_mount")
 
 
 def prctl(option: int, *args: int) -> int:

@@ -14,9 +14,12 @@ from typing import Final
 
 from . import _syscalls_unsafe as raw
 from . import seccomp
+from .places import GUEST_INPUT
 
 __all__ = (
     "GUEST_ID",
+    "Input",
+    "InputUnreadable",
     "SessionConfinement",
     "confine_in_container",
     "confine_relay",
@@ -35,6 +38,23 @@ _ADDRESS_SPACE_SLACK_MB: Final = 1024
 _MB: Final = 1024 * 1024
 
 
+class InputUnreadable(OSError):
+    """An input file cannot be read by the id that the session runs as."""
+
+    def __init__(self, name: str, cause: OSError) -> None:
+        super().__init__(cause.errno, cause.strerror)
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A file or directory of the host that a session may read: its name below `GUEST_INPUT`, and its detached mount."""
+
+    name: str
+    directory: bool
+    mount: int
+
+
 @dataclass(frozen=True, slots=True)
 class SessionConfinement:
     """What the supervisor's steps need to know. Sizes in MiB; None is unlimited.
@@ -49,6 +69,7 @@ class SessionConfinement:
     tasks: int | None
     base_data: int
     base_address_space: int
+    inputs: tuple[Input, ...] = ()
 
 
 def _own_kernel_id(plan: SessionConfinement) -> None:
@@ -86,6 +107,26 @@ def _private_tmp(plan: SessionConfinement) -> None:
     os.chdir("/tmp")  # noqa: S108
 
 
+def _inputs(plan: SessionConfinement) -> None:
+    if not plan.inputs:
+        return
+    flags = raw.MS_NOSUID | raw.MS_NODEV | raw.MS_NOEXEC
+    raw.mount("tmpfs", GUEST_INPUT, "tmpfs", flags, f"size=64k,nr_inodes={len(plan.inputs) + 1},mode=0755")
+    for item in plan.inputs:
+        target = f"{GUEST_INPUT}/{item.name}"
+        if item.directory:
+            os.mkdir(target)
+        else:
+            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
+        raw.attach_mount(item.mount, target)
+        os.close(item.mount)
+        try:  # now, and as who the session is: a file of root's own would be found out in the middle of a cell
+            os.close(os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError as exc:
+            raise InputUnreadable(item.name, exc) from None
+    raw.make_read_only(GUEST_INPUT, recursive=False)
+
+
 def _neutral_hostname(_plan: SessionConfinement) -> None:
     raw.set_hostname("sandbox")
 
@@ -110,7 +151,7 @@ def _resource_limits(plan: SessionConfinement) -> None:
     if plan.disk_mb is not None:
         hard.append((resource.RLIMIT_FSIZE, plan.disk_mb * _MB))
     if plan.tasks is not None:
-        hard.append((resource.RLIMIT_NPROC, plan.tasks + 2))  # the supervisor and the standby
+        hard.append((resource.RLIMIT_NPROC, plan.tasks + 3))  # supervisor, standby, and the next standby before this one goes
     if plan.memory_mb is not None:
         hard.append((resource.RLIMIT_DATA, plan.base_data + plan.memory_mb * _MB))
     for which, value in hard:
@@ -142,6 +183,7 @@ def confine_supervisor(plan: SessionConfinement, proc: int) -> None:
         lambda plan: _map_ids(plan, proc),
         lambda _plan: os.close(proc),
         _private_tmp,
+        _inputs,
         _neutral_hostname,
         _resource_limits,
         _no_privileges,

@@ -12,11 +12,10 @@ import sysconfig
 from typing import Final
 
 from . import _syscalls_unsafe as raw
+from .places import GUEST_ARCHIVE, GUEST_INPUT, GUEST_PACKAGES, GUEST_PYTHON
 
-__all__ = ("GUEST_ARCHIVE", "GUEST_PYTHON", "build", "guest_command")
+__all__ = ("build", "guest_command")
 
-GUEST_PYTHON: Final = "/usr/bin/python3"
-GUEST_ARCHIVE: Final = "/usr/lib/rlm_guest.zip"
 _GUEST_LIBRARIES: Final = "/usr/lib/so"
 
 #: Extension modules that bring shared libraries of their own; imported so that the loader names them.
@@ -75,13 +74,21 @@ def _bind(source: str, target: str) -> None:
     raw.mount(source, target, "", raw.MS_BIND | raw.MS_REC)
 
 
-def build(archive: bytes) -> dict[str, str]:
+def build(archive: bytes, packages: str | None = None) -> dict[str, str]:
     """Make the tree the root of this mount namespace, which must be the caller's own. Returns the libraries.
+
+    Args:
+        archive: the guest archive.
+        packages: a directory with ``packages``, importable in every session, and ``lib``, the shared libraries that those
+            need; None for none.
 
     Raises:
         OSError: the kernel refuses a step.
     """
     libraries = _libraries()
+    if packages is not None:
+        found = f"{packages}/lib"
+        libraries = {**{name: f"{found}/{name}" for name in os.listdir(found)}, **libraries}
     stdlib = sysconfig.get_path("stdlib")
     python = os.path.realpath(sys.executable)
     guest_stdlib = f"/usr/{sys.platlibdir}/python{sys.version_info.major}.{sys.version_info.minor}"
@@ -99,11 +106,13 @@ def build(archive: bytes) -> dict[str, str]:
     wanted = {GUEST_PYTHON: python, guest_stdlib: stdlib}
     wanted.update({f"{_GUEST_LIBRARIES}/{name}": path for name, path in libraries.items()})
     wanted.update({f"/dev/{name}": f"/dev/{name}" for name in _DEVICES})
+    if packages is not None:
+        wanted[GUEST_PACKAGES] = f"{packages}/packages"
     if os.path.isdir("/usr/share/zoneinfo"):
         wanted["/usr/share/zoneinfo"] = "/usr/share/zoneinfo"
     via = {target: opened(source) for target, source in wanted.items()}
     raw.mount("tmpfs", root, "tmpfs", raw.MS_NOSUID | raw.MS_NODEV, "size=4m,mode=0755")
-    for directory in ("tmp", "dev", "usr/lib", "empty"):
+    for directory in ("tmp", "dev", "usr/lib", "empty", GUEST_INPUT[1:]):
         os.makedirs(f"{root}/{directory}", exist_ok=True)
     with open(f"{root}{GUEST_ARCHIVE}", "xb") as file:
         file.write(archive)

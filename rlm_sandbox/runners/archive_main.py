@@ -1,4 +1,4 @@
-"""Entry point of the guest archive: ``python ARCHIVE launcher|zygote|container|plain ...``. Becomes its ``__main__.py``."""
+"""Entry point of the guest archive: ``python ARCHIVE launcher|zygote|inputs|container|plain ...``. Becomes its ``__main__.py``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ def main() -> int:
     if program == "zygote":
         zygote = importlib.import_module("rlm_guest.runners.zygote")
         return int(zygote.main(*map(int, numbers)))
+    if program == "inputs":
+        inputs = importlib.import_module("rlm_guest.runners.inputs")
+        return int(inputs.main(*map(int, numbers)))
     if program == "container":
         container = importlib.import_module("rlm_guest.runners.container")
         return int(container.main())

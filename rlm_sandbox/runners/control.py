@@ -14,7 +14,8 @@ from typing import Any, Final
 __all__ = ("MAX_MESSAGE", "Message", "dump", "load", "receive", "send")
 
 MAX_MESSAGE: Final = 8192
-_MAX_DESCRIPTORS: Final = 8
+#: Four channels and the most input files a session can have.
+_MAX_DESCRIPTORS: Final = 36
 
 Message = dict[str, Any]
 

@@ -19,7 +19,7 @@ from ..confine import _syscalls_unsafe as raw
 from ..confine import tree
 from . import control
 
-__all__ = ("main",)
+__all__ = ("is_real_root", "main")
 
 #: Kernel ids for guests of a root host. Above what systemd reserves for containers (0x00080000 to 0x6FFFFFFF); a block
 #: of 65,536 for each launcher, chosen at random, so that two hosts hardly ever share one.
@@ -28,7 +28,7 @@ _BLOCK: Final = 0x10000
 _BLOCKS: Final = 0x0FFF
 
 
-def _is_real_root() -> bool:
+def is_real_root() -> bool:
     """Root of the initial user namespace, or of one that maps everything: euid 0 alone says nothing."""
     with open("/proc/self/uid_map") as file:
         fields = file.read().split()
@@ -48,12 +48,13 @@ def _ask_for_maps(host: socket.socket, uid: int, gid: int, count: int) -> None:
         raise OSError("the host did not write the id maps")
 
 
-def _enter(host: socket.socket, archive: bytes) -> tuple[dict[str, str], int]:
+def _enter(host: socket.socket, archive: bytes, wanted: control.Message) -> tuple[dict[str, str], int]:
     """Namespaces and tree. Returns the libraries and how many kernel ids sessions can have (0: the host's own)."""
-    if _is_real_root():
+    packages = wanted["packages"]
+    if is_real_root():
         # As root, while paths below 0700 directories are still readable; then become nobody and go on like one.
         raw.unshare(raw.CLONE_NEWNS)
-        libraries = tree.build(archive)
+        libraries = tree.build(archive, packages)
         base = _FIRST_KERNEL_ID + secrets.randbelow(_BLOCKS) * _BLOCK
         os.setgroups([])
         os.setresgid(base, base, base)
@@ -65,7 +66,7 @@ def _enter(host: socket.socket, archive: bytes) -> tuple[dict[str, str], int]:
     uid, gid = os.geteuid(), os.getegid()
     _private_namespaces()
     _ask_for_maps(host, uid, gid, 1)
-    return tree.build(archive), 0
+    return tree.build(archive, packages), 0
 
 
 def _start_zygote(host: socket.socket, proc: int, libraries: dict[str, str], kernel_ids: int) -> int:
@@ -93,8 +94,11 @@ def main(control_fd: int, host_pid: int, archive_fd: int) -> int:
     with open(f"/proc/self/fd/{archive_fd}", "rb") as file:
         archive = file.read()
     os.close(archive_fd)
+    order = control.receive(host)
+    if order is None or order[0]["op"] != "build":
+        return 1
     try:
-        libraries, kernel_ids = _enter(host, archive)
+        libraries, kernel_ids = _enter(host, archive, order[0])
     except OSError as exc:
         control.send(host, {"op": "failed", "error": f"{exc.strerror or exc}"[:1000], "errno": exc.errno or 0})
         return 1

@@ -30,9 +30,11 @@ from ..wire.messages import (
     Get,
     Message,
     Names,
+    ReadFile,
     SetValue,
     load_message,
 )
+from .files import read_part
 from .host_calls import HostCallError, HostCalls, Transport
 from .proxies import AsyncCalls, make_async_function, make_function, make_object
 
@@ -107,7 +109,7 @@ class GuestSession:
 
     def handle(self, header: Any, attachments: list[Attachment]) -> None:
         """Serve one request to its `Done`."""
-        message = load_message(header, (Configure, Exec, Get, SetValue, BindObject, BindText, Names))
+        message = load_message(header, (Configure, Exec, Get, SetValue, BindObject, BindText, Names, ReadFile))
         self._calls.begin_cell()
         self._restore_reserve()
         outcome, attachments = self._guarded(message, Decoder(attachments, allow_handles=True))
@@ -166,6 +168,8 @@ class GuestSession:
             self._bind_text(message, decoder)
         elif isinstance(message, Names):
             return self.summaries(), None, None, False
+        elif isinstance(message, ReadFile):
+            return read_part(message.path, message.offset, message.size), None, None, False
         elif isinstance(message, Configure):
             self._configure(message)
         return None, None, None, False

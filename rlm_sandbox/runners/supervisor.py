@@ -27,7 +27,7 @@ from typing import Any, Final, NoReturn
 
 from ..confine import _syscalls_unsafe as raw
 from ..confine.seccomp import NUMBERS
-from ..confine.steps import confine_worker, seal_worker
+from ..confine.steps import InputUnreadable, confine_worker, seal_worker
 from . import control, worker
 
 __all__ = ("main",)
@@ -390,7 +390,8 @@ def main(confine: Callable[[], None], keep: set[int], fds: list[int], seconds: f
         control.send(host, ready, (os.pidfd_open(os.getpid()), supervisor._worker_pidfd))
     except (OSError, ValueError) as exc:  # setrlimit raises ValueError where the kernel refuses a limit
         text, number = (exc.strerror, exc.errno) if isinstance(exc, OSError) else (None, None)
-        control.send(host, {"op": "failed", "error": f"{text or exc}"[:500], "errno": number or 0})
+        failure = {"op": "failed", "error": f"{text or exc}"[:500], "errno": number or 0}
+        control.send(host, {**failure, "input": exc.name} if isinstance(exc, InputUnreadable) else failure)
         host.settimeout(_LAST_WORDS_SECONDS)
         try:
             host.recv(1)  # as pid 1 of a container we would take the relay with us before it has passed this on

@@ -13,10 +13,12 @@ import resource
 import signal
 import socket
 import sys
+import warnings
 from typing import Final
 
 from ..confine import _syscalls_unsafe as raw
-from ..confine.steps import SessionConfinement, confine_supervisor
+from ..confine.places import GUEST_PACKAGES
+from ..confine.steps import Input, SessionConfinement, confine_supervisor
 from . import control, supervisor, worker
 from .preloaded import PRELOADED
 
@@ -24,6 +26,50 @@ __all__ = ("ARENAS", "main", "own_sizes")
 
 #: Two arenas and small stacks, so that 64 threads fit into the address space a session has.
 ARENAS: Final = 2
+
+
+#: Worker's data, supervisor's control, stdout, stderr; the mounts of input files come after them.
+_CHANNELS: Final = 4
+#: Read once, when the libraries are loaded. Their threads would count as the session's tasks, and a fork leaves them behind.
+_ONE_THREAD: Final = (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "POLARS_MAX_THREADS",
+)
+
+
+class _ImportFailed(Exception):
+    """A package of the host's cannot be imported here."""
+
+
+def _import_packages(host: socket.socket, names: list[str], proc: int) -> None:
+    """Import the packages that sessions were opened with, each one announced, so that the host can name one that kills us."""
+    sys.path.append(GUEST_PACKAGES)
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+    try:
+        for name in names:
+            control.send(host, {"op": "importing", "package": name})
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    importlib.import_module(name)
+            except BaseException as exc:
+                raise _ImportFailed(f"{type(exc).__name__}: {exc}"[:500]) from exc
+            if _threads(proc) > 1:
+                raise _ImportFailed("it starts threads when it is imported, which cannot be forked")
+    finally:
+        os.environ.clear()
+
+
+def _threads(proc: int) -> int:
+    fd = os.open("self/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
+    try:
+        return len(os.listdir(fd))
+    finally:
+        os.close(fd)
 
 
 def own_sizes(proc: int) -> tuple[int, int]:
@@ -68,6 +114,7 @@ def _spawn(message: control.Message, fds: list[int], proc: int, host: socket.soc
         tasks=_limit(message, "tasks"),
         base_data=sizes[0],
         base_address_space=sizes[1],
+        inputs=tuple(Input(name, directory, fd) for (name, directory), fd in zip(message["inputs"], fds[_CHANNELS:], strict=True)),
     )
     raw.unshare(raw.CLONE_NEWPID)  # for children only: the next fork is pid 1 of the new namespace
     try:
@@ -79,7 +126,8 @@ def _spawn(message: control.Message, fds: list[int], proc: int, host: socket.soc
         try:
             host.close()
             os.close(own)
-            supervisor.main(lambda: confine_supervisor(plan, proc), {proc}, fds, message["seconds"])
+            keep = {proc, *fds[_CHANNELS:]}
+            supervisor.main(lambda: confine_supervisor(plan, proc), keep, fds[:_CHANNELS], message["seconds"])
         finally:
             os._exit(1)
     raw.setns(own, raw.CLONE_NEWPID)
@@ -93,6 +141,15 @@ def main(control_fd: int, proc: int, kernel_ids: int) -> int:
     raw.limit_malloc_arenas(ARENAS)
     for name in PRELOADED:
         importlib.import_module(name)
+    order = control.receive(host)
+    if order is None or order[0]["op"] != "prepare":
+        return 1
+    if order[0]["imports"]:
+        try:
+            _import_packages(host, order[0]["imports"], proc)
+        except _ImportFailed as exc:
+            control.send(host, {"op": "import_failed", "error": str(exc)})
+            return 1
     if not _tasks_are_counted():
         control.send(host, {"op": "failed", "error": "it does not count the tasks of root in this user namespace", "errno": 0})
         return 1

@@ -18,7 +18,7 @@ from .codec import WireError
 
 __all__ = (
     "BindObject", "BindText", "Configure", "Done", "Exec", "Forget", "Get", "Hello", "Message", "Names",
-    "Output", "Protect", "Resume", "SCHEMA", "SetValue", "Suspend", "dump_message", "load_message",
+    "Output", "Protect", "ReadFile", "Resume", "SCHEMA", "SetValue", "Suspend", "dump_message", "load_message",
 )  # fmt: skip
 
 #: Texts of an error that cross in a header; longer ones are cut by the sender and refused by the receiver.
@@ -118,6 +118,16 @@ class Names(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class ReadFile(Message):
+    """Answer with at most ``size`` bytes of a regular file of the guest, from ``offset``; none at its end."""
+
+    op = "read_file"
+    path: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Protect(Message):
     """Make a standby now. Sent only after the supervisor holds a ticket; answered through the supervisor."""
 
@@ -193,7 +203,23 @@ class Suspend(Message):
 
 _MESSAGES: Final[dict[str, type[Message]]] = {
     cls.op: cls
-    for cls in (Configure, Exec, Get, SetValue, BindObject, BindText, Names, Protect, Resume, Forget, Hello, Output, Done, Suspend)
+    for cls in (
+        Configure,
+        Exec,
+        Get,
+        SetValue,
+        BindObject,
+        BindText,
+        Names,
+        ReadFile,
+        Protect,
+        Resume,
+        Forget,
+        Hello,
+        Output,
+        Done,
+        Suspend,
+    )
 }
 
 _FIELDS: Final[dict[type[Message], tuple[tuple[str, str], ...]]] = {

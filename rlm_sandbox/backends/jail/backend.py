@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 from ...bridge.framed import FramedSession
+from ...confine.places import GUEST_INPUT
 from ...errors import BackendUnavailable
-from ...limits import Limits
 from ...options import BackendOptions
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
 from ...registry import Availability, SessionConfig
 from .guest import JailGuest
+from .inputs import check_inputs
 from .launch import shared_zygote
 
 __all__ = ("BACKEND", "JailBackend")
@@ -60,27 +61,32 @@ class JailBackend:
             soft_interrupt=True,
             recovery="standby" if config.recovery else "none",
             context_route="mapped",
+            files=True,
+            packages=True,
             guest_threads=True,
             host_memory_worst_mb=worst,
             notes=(
                 "The REPL is a full CPython with the standard library; there is no network, and no process can be started.",
                 "Files can be written below /tmp.",
+                *(("Input files: " + ", ".join(f"{GUEST_INPUT}/{name}" for name in config.files) + ".",) if config.files else ()),
+                *(("Installed packages: " + ", ".join(config.packages) + ".",) if config.packages else ()),
             ),
         )
 
     def open(self, config: SessionConfig) -> REPLProtocol:
         """Open a session."""
-        return FramedSession(lambda: _start(config.limits), config, self.capabilities(config))
+        check_inputs(config.files)
+        return FramedSession(lambda: _start(config), config, self.capabilities(config))
 
 
-def _start(limits: Limits) -> JailGuest:
+def _start(config: SessionConfig) -> JailGuest:
     """A guest of this process's zygote. A zygote that died just now is replaced once."""
-    zygote = shared_zygote()
+    zygote = shared_zygote(config.packages)
     try:
-        return JailGuest(zygote, limits)
+        return JailGuest(zygote, config)
     except BackendUnavailable:
         if zygote.ends_soon():
-            return JailGuest(shared_zygote(), limits)
+            return JailGuest(shared_zygote(config.packages), config)
         raise
 
 

@@ -13,10 +13,11 @@ from typing import Final
 
 from ...bridge.guest import Death, GuestLost, Recovery, Report
 from ...context import Context
-from ...errors import BackendUnavailable
-from ...limits import Limits
+from ...errors import BackendUnavailable, InputRefused
+from ...registry import SessionConfig
 from ...results import Stream
 from ...runners import control
+from .inputs import input_mounts
 from .launch import Zygote
 
 __all__ = ("JailGuest",)
@@ -51,7 +52,8 @@ class JailGuest:
 
     maps_contexts = True
 
-    def __init__(self, zygote: Zygote, limits: Limits) -> None:
+    def __init__(self, zygote: Zygote, config: SessionConfig) -> None:
+        limits = config.limits
         self._closed = False
         self._owner = os.getpid()
         self._generation = 1
@@ -69,12 +71,17 @@ class JailGuest:
                 "tasks": limits.processes,
                 "seconds": None if limits.session_seconds is None else limits.session_seconds + _SESSION_SLACK_SECONDS,
             }
-            zygote.spawn(settings, (data_theirs.fileno(), control_theirs.fileno(), out_write, err_write))
+            channels = (data_theirs.fileno(), control_theirs.fileno(), out_write, err_write)
+            with input_mounts(config.files) as (inputs, mounts):
+                zygote.spawn({**settings, "inputs": inputs}, (*channels, *mounts))
             self.data.setblocking(False)
             self._control.setblocking(False)
             for fd in self.outputs:
                 os.set_blocking(fd, False)
             message, fds = self._receive(_START_SECONDS)
+            if "input" in message:
+                remedy = "make it readable for the sandbox: on a root host a session runs as an id of its own (chmod o+r)"
+                raise InputRefused(str(message["input"]), f"it cannot be read there ({message['error']})", remedy)
             if message["op"] != "ready" or len(fds) != 2:
                 raise BackendUnavailable(
                     "jail", f"the kernel refused a step ({message.get('error', 'unknown')})", "run: rlm-sandbox doctor"

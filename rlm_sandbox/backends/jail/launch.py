@@ -16,11 +16,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ... import bundle
-from ...errors import BackendUnavailable
+from ...errors import BackendUnavailable, InputRefused
 from ...runners import control
+
+if TYPE_CHECKING:
+    from .packages import PackageSet
 
 __all__ = ("Zygote", "shared_zygote")
 
@@ -61,8 +64,18 @@ def _remedy(error: str, number: int) -> str:
 class Zygote:
     """A running launcher and zygote. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, packages: PackageSet | None = None) -> None:
+        """
+        Args:
+            packages: what its sessions can import beside the standard library.
+
+        Raises:
+            BackendUnavailable: the kernel does not allow what it needs.
+            InputRefused: a package cannot be imported.
+        """
         _check_platform()
+        self._packages = packages
+        self._importing = ""
         self._lock = threading.Lock()
         self.owner_pid = os.getpid()
         self._kernel_ids = 0
@@ -102,11 +115,19 @@ class Zygote:
 
     def _handshake(self) -> None:
         self._sock.settimeout(_START_SECONDS)
+        packages = self._packages
+        self._send({"op": "build", "packages": None if packages is None else str(packages.directory)})
+        prepare = {"op": "prepare", "imports": [] if packages is None else list(packages.imports)}
         while True:
             message = self._receive()
-            if message["op"] == "maps":
+            if message["op"] == "importing":
+                self._importing = str(message["package"])
+            elif message["op"] == "import_failed":
+                raise self._import_refused(f"it cannot be imported ({message['error']})")
+            elif message["op"] == "maps":
                 self._write_maps(int(message["uid"]), int(message["gid"]), int(message["count"]))
-                control.send(self._sock, {"op": "mapped"})
+                self._send({"op": "mapped"})
+                self._send(prepare)  # for the zygote, which reads from the same socket when the launcher no longer does
             elif message["op"] == "ready" and message.get("python") != list(sys.version_info[:3]):
                 version = ".".join(map(str, message.get("python") or ["?"]))
                 raise BackendUnavailable(
@@ -116,6 +137,7 @@ class Zygote:
                 )
             elif message["op"] == "ready":
                 self._kernel_ids = int(message["kernel_ids"])
+                self._importing = ""
                 return
             else:
                 self._refuse(message)
@@ -133,13 +155,28 @@ class Zygote:
                 _NAME, f"the id maps of its user namespace cannot be written ({exc.strerror})", _remedy("unshare", exc.errno or 0)
             ) from exc
 
+    def _send(self, message: control.Message) -> None:
+        try:
+            control.send(self._sock, message)
+        except OSError:
+            pass  # it has ended, and what it said before that is to be read
+        except ValueError as exc:
+            raise BackendUnavailable(_NAME, "the path of its cache is too long", "set RLM_SANDBOX_CACHE to a shorter one") from exc
+
+    def _import_refused(self, reason: str) -> InputRefused:
+        return InputRefused(self._importing, reason, "see that it can be imported on its own, or leave it out")
+
     def _receive(self) -> control.Message:
         try:
             got = control.receive(self._sock)
         except TimeoutError:
+            if self._importing:
+                raise self._import_refused("its import does not come to an end") from None
             raise BackendUnavailable(_NAME, "its zygote did not start in time", "run: rlm-sandbox doctor") from None
         except (OSError, ValueError) as exc:
             raise BackendUnavailable(_NAME, f"its zygote failed ({exc})", "run: rlm-sandbox doctor") from exc
+        if got is None and self._importing:
+            raise self._import_refused("its import ended the interpreter")
         if got is None:
             raise BackendUnavailable(_NAME, f"its zygote ended at the start{self._last_words()}", "run: rlm-sandbox doctor")
         for fd in got[1]:
@@ -175,8 +212,9 @@ class Zygote:
             return False
         return True
 
-    def spawn(self, settings: dict[str, Any], fds: tuple[int, int, int, int]) -> None:
-        """Have the zygote fork a supervisor. ``fds``: worker's data channel, supervisor's control socket, stdout, stderr.
+    def spawn(self, settings: dict[str, Any], fds: tuple[int, ...]) -> None:
+        """Have the zygote fork a supervisor. ``fds``: worker's data channel, supervisor's control socket, stdout, stderr, and
+        a mount for each input.
 
         Raises:
             BackendUnavailable: it could not.
@@ -212,33 +250,45 @@ class Zygote:
         self._process.wait()
 
 
-_shared: Zygote | None = None
+_shared: dict[tuple[str, ...], Zygote] = {}
 _shared_lock = threading.Lock()
 
 
-def shared_zygote() -> Zygote:
-    """This process's zygote, started if there is none that lives.
+def shared_zygote(packages: tuple[str, ...] = ()) -> Zygote:
+    """This process's zygote for sessions with these packages, started if there is none that lives.
 
     Raises:
         BackendUnavailable: it cannot be started here.
+        InputRefused: a package is not there, or cannot be imported.
     """
-    global _shared
+    key = tuple(sorted(set(packages)))
     with _shared_lock:
-        if _shared is None or not _shared.alive:
-            if _shared is not None:
-                _shared.close()
-            _shared = Zygote()
-            atexit.register(_shared.close)
-        return _shared
+        found = _shared.get(key)
+        if found is None or not found.alive:
+            if found is not None:
+                _shared.pop(key).close()
+            if not _shared:
+                atexit.register(_close_all)
+            found = _shared[key] = Zygote(_package_set(key) if key else None)
+        return found
+
+
+def _package_set(names: tuple[str, ...]) -> PackageSet:
+    from .packages import package_set  # here: a session without packages needs none of what reads their records
+
+    return package_set(names)
+
+
+def _close_all() -> None:
+    while _shared:
+        _shared.popitem()[1].close()
 
 
 def _after_fork() -> None:
     """In a forked child of the host the lock may be held by a thread that does not exist there."""
-    global _shared, _shared_lock
+    global _shared_lock
     _shared_lock = threading.Lock()
-    if _shared is not None:
-        _shared.close()
-        _shared = None
+    _close_all()
 
 
 os.register_at_fork(after_in_child=_after_fork)
