@@ -40,6 +40,33 @@ def kernel():
         counts[word] += 1
     return sorted(counts.items())[0]
 """,
+    "objects": """
+class Counter:
+    def __init__(self):
+        self.total = 0
+        self._seen = 0
+    def add(self, n):
+        self.total += n
+        self._seen += 1
+        if self._seen > self.total:
+            self.total = self._seen
+        return self.total
+def kernel():
+    counter = Counter()
+    for i in range(40_000):
+        counter.add(i % 7)
+    return counter.total
+""",
+    "text": """
+def kernel():
+    lines = ["item %d costs %s" % (i, i * 3) for i in range(8_000)]
+    found = {}
+    for line in lines:
+        words = line.split()
+        if words[0].startswith("item") and len(words) == 4:
+            found[words[1]] = "{}={}".format(words[1], words[3].upper())
+    return len("; ".join(found.values()))
+""",
     "comprehensions": """
 def kernel():
     rows = [(i, i * i) for i in range(60_000) if i % 3]

@@ -215,7 +215,7 @@ def test_no_attribute_of_a_module_can_be_changed_for_anybody_else() -> None:
 
 
 #: Found here, not published: `dataclasses` makes source code of the names of fields, and was given a dict that says one name when it is
-#: checked and another when it is used.
+#: checked and another when it is used, and a field of a class of the cell's own, which said its name itself.
 _CHANGING: Final = """
 from dataclasses import dataclass, field
 name = "a:__import__('os').environ.__setitem__('RLM_OWNED', '1')"
@@ -234,6 +234,16 @@ class Changing(dict):
         "class C:\n    __annotations__ = Changing()\nC = dataclass(repr=False, eq=False)(C)",
         "class C:\n    a: int = 1\n    __annotations__[name] = int\nC = dataclass(repr=False, eq=False)(C)",
         'C = type("C", (), {"a": 1})\nsetattr(C, "__annotations__", Changing())\nC = dataclass(repr=False, eq=False)(C)',
+        (
+            "class Field(type(field())):\n    name = property(lambda self: name, lambda self, value: None)\nclass C:\n    a: int = says(Field)\n"
+            "dataclass(repr=False, eq=False)(C)"
+        ),
+        (
+            'Field = type("Field", (type(field()),), {"name": property(lambda self: name, lambda self, value: None)})\nclass C:\n    a: int = says(Field)\n'
+            "dataclass(repr=False, eq=False)(C)"
+        ),
+        "import enum\nclass Field(type(field()), enum.Enum):\n    A = 1",
+        "field().name = name",
         'C = type("C", (), {"a": 1})\nC.__dict__["__annotations__"] = Changing()\nC = dataclass(repr=False, eq=False)(C)',
     ],
 )
@@ -241,5 +251,8 @@ def test_a_dataclass_makes_no_source_of_what_a_cell_says_later(code: str, monkey
     monkeypatch.delenv("RLM_OWNED", raising=False)
     with open_repl("restricted", accept=Grade.NONE, trusted=True) as repl:
         assert repl.exec(_CHANGING).ok
+        assert repl.exec(
+            "MISSING = field().default\ndef says(cls):\n    return cls(MISSING, MISSING, False, False, None, False, None, False)"
+        ).ok
         assert not repl.exec(code).ok
     assert "RLM_OWNED" not in os.environ

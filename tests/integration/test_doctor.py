@@ -64,6 +64,9 @@ def test_this_machine() -> None:
             # `restricted` is what it says it is: no isolation, no memory limit.
             expected = {"SKIPPED", "CAUTION"} if name == "restricted" else {"PASS"}
             assert {statuses[layer] for layer in ("memory", "limits")} == expected
+        if state.usable and name == "restricted":
+            said = [item["consequence"] for item in report["findings"] if (item["backend"], item["layer"]) == (name, "limits")]
+            assert "isolation: none against an adversary." in said[0], "README.md and SECURITY.md say the same"
     for item in report["findings"]:
         assert item["consequence"].endswith(".")
         assert item["status"] in ("PASS", "SKIPPED") or item["remedy"]

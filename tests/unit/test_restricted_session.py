@@ -6,12 +6,13 @@ import gc
 import linecache
 import signal
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rlm_sandbox import BackendUnavailable, Context, Feature, Grade, Limits, REPLProtocol, UnsupportedLimit, open_repl
+from rlm_sandbox import BackendUnavailable, Context, ExecResult, Feature, Grade, Limits, REPLProtocol, UnsupportedLimit, open_repl
 from rlm_sandbox.registry import AUTO_ORDER, Availability, SessionConfig, load_backend
 
 from ..conftest import require_usable
@@ -202,3 +203,81 @@ def test_a_host_object_is_reached_by_its_list_only(repl: REPLProtocol) -> None:
     assert repl.exec("ctx.find('n.e', regex=True)").value == "[(2, 5, 'nee')]"
     for code in ("ctx._text", "ctx.memory_file()", "ctx.text", "ctx.whole", "type(ctx)._context", "ctx.find(pattern=['a'])"):
         assert repl.exec(code).outcome == "error"
+
+
+_FOR_EVER = {
+    "while": "while True:\n    pass",
+    "while, continue": "while True:\n    continue",
+    "for": "for _ in iter(int, 1):\n    pass",
+    "list comprehension": "x = [i for i in iter(int, 1)]",
+    "dict comprehension": "x = {i: i for i in iter(int, 1)}",
+    "generator expression": "for i in (i for i in iter(int, 1)):\n    pass",
+    "generator": "def g():\n    while True:\n        yield 1\nfor i in g():\n    pass",
+    "a generator that a loop in C takes": "def g():\n    while True:\n        yield 0\nx = sum(g())",
+    "calls": "def f(n):\n    return f(n - 1) if n else 0\nwhile f(50) == 0:\n    pass",
+    "calls of calls": "f = lambda n: 0 if n == 0 else f(n - 1) + f(n - 1)\nf(60)",
+    "recursion that swallows its end": "def f():\n    try:\n        f()\n    except RecursionError:\n        pass\n    f()\nf()",
+    "bare except": "while True:\n    try:\n        while True:\n            pass\n    except:\n        pass",
+    "except BaseException": "while True:\n    try:\n        while True:\n            pass\n    except BaseException as e:\n        kept = e",
+    "except in a function": "def f():\n    try:\n        while True:\n            pass\n    except BaseException:\n        f()\nf()",
+    "finally": "try:\n    while True:\n        pass\nfinally:\n    while True:\n        pass",
+    "finally, return": "def f():\n    while True:\n        try:\n            while True:\n                pass\n        finally:\n            continue\nf()",
+    "else": "while True:\n    try:\n        pass\n    except BaseException:\n        pass\n    else:\n        pass",
+    "suppress": "import contextlib\nwhile True:\n    with contextlib.suppress(BaseException):\n        while True:\n            pass",
+    "exit": "class C:\n    def __enter__(self):\n        pass\n    def __exit__(self, *a):\n        return True\nwhile True:\n    with C():\n        while True:\n            pass",
+    "a generator's except": "def g():\n    while True:\n        try:\n            yield 1\n        except BaseException:\n            pass\nfor i in g():\n    pass",
+    "a key": "sorted([3, 1, 2] * 10 ** 6, key=lambda n: [n for _ in range(1_000)][0])",
+    "an operator": "class C:\n    def __eq__(self, other):\n        return self == other if False else [1 for _ in range(10 ** 9)]\nC() == 1",
+    "a repr": "class C:\n    def __repr__(self):\n        while True:\n            pass\nC()",
+    "a repr of an error": "class E(Exception):\n    def __str__(self):\n        while True:\n            pass\nraise E",
+    "a match": "while True:\n    match 1:\n        case _:\n            pass",
+    "a stop that is raised": "while True:\n    try:\n        while True:\n            pass\n    except BaseException as e:\n        try:\n            raise e\n"
+    "        except BaseException:\n            pass",
+    "sleep": "import time\nwhile True:\n    try:\n        time.sleep(100)\n    except BaseException:\n        pass",
+    "output": "while True:\n    try:\n        print('x' * 1_000)\n    except BaseException:\n        pass",
+    "a host call": "while True:\n    try:\n        ask('x')\n    except BaseException:\n        pass",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["main thread", "other thread"])
+@pytest.mark.parametrize("code", _FOR_EVER.values(), ids=_FOR_EVER)
+def test_the_deadline_is_sticky(code: str, thread: bool) -> None:
+    """On any other thread than the main one there is no signal: what ends the cell is what it looks at by itself."""
+    results: list[ExecResult] = []
+
+    def run() -> None:
+        limits = Limits(time_seconds=0.1, host_calls=None)
+        with open_repl("restricted", limits=limits, accept=Grade.NONE, trusted=True) as repl:
+            repl.bind("ask", str.upper, inline=True)
+            assert repl.exec("kept = 1").ok
+            results.append(repl.exec(code))
+            assert repl.get("kept") == 1
+            results.append(repl.exec("kept + 1"))
+
+    if thread:
+        runner = threading.Thread(target=run)
+        runner.start()
+        runner.join()
+    else:
+        run()
+    stopped, after = results
+    assert stopped.outcome == "limit", stopped.error
+    assert stopped.limit is not None
+    assert stopped.limit.kind == "time_seconds"
+    assert stopped.state == "kept"
+    assert after.value == "2"
+
+
+def test_output_is_metered_while_it_is_produced() -> None:
+    """200 MB are written; the host never holds more than the limit and one piece."""
+    tracemalloc.start()
+    try:
+        with open_repl("restricted", limits=Limits(output_bytes=10_000), accept=Grade.NONE, trusted=True) as repl:
+            result = repl.exec("piece = 'x' * 99_999\nfor _ in range(2_000):\n    print(piece)")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert result.ok
+    assert len(result.stdout) < 12_000
+    assert result.dropped_bytes > 190_000_000
+    assert peak < 20_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from typing import Any, Final
 
@@ -10,12 +11,32 @@ __all__ = ("ClassMaker", "GuestClass", "is_guests", "make_enum")
 _BASES: Final = ("Enum", "Flag", "IntEnum", "IntFlag", "StrEnum")
 
 
+#: What a cell may not inherit from. `dataclasses` makes source code of what a field says its name is.
+_NO_BASES: Final = (dataclasses.Field,)
+
+
+def _check_bases(bases: tuple[Any, ...]) -> None:
+    for base in bases:
+        if isinstance(base, type) and issubclass(base, _NO_BASES):
+            raise TypeError(f"a class of the restricted language cannot inherit from {base.__name__}")
+
+
 class GuestClass(type):
     """The type of every ordinary class a cell defines."""
+
+    def __new__(cls, name: str, bases: tuple[Any, ...], namespace: Any, **options: Any) -> GuestClass:
+        """Make the class."""
+        _check_bases(bases)
+        return super().__new__(cls, name, bases, namespace, **options)
 
 
 class GuestEnum(enum.EnumType):
     """The type of a cell's enumerations, and of the bases it makes them from, which are its session's own."""
+
+    def __new__(cls, name: str, bases: tuple[Any, ...], namespace: Any, **options: Any) -> GuestEnum:
+        """Make the enumeration."""
+        _check_bases(bases)
+        return super().__new__(cls, name, bases, namespace, **options)
 
     def __call__(cls, value: Any, *names: Any, **options: Any) -> Any:
         """A member by its value, or a new enumeration of names, which follow the rules of a class body."""

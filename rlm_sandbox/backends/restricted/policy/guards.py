@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 import types
-from _string import formatter_field_name_split  # type: ignore[import-not-found]
+from _string import formatter_field_name_split, formatter_parser  # type: ignore[import-not-found]
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -17,6 +17,9 @@ _NAMEDTUPLE: Final = frozenset({"_asdict", "_fields", "_make", "_replace"})
 #: Nested tuples are hashed by a recursion in C that ends the process.
 _MAX_HASH_DEPTH: Final = 500
 _MAX_HASH_NODES: Final = 100_000
+#: Formats remembered by a session.
+_MAX_KNOWN: Final = 256
+_MAX_KNOWN_CHARS: Final = 200
 #: A range that a loop in C walks through in about a tenth of a second.
 _SHORT: Final = 10_000_000
 
@@ -79,6 +82,7 @@ class Guards:
         self._max_bytes = max_bytes
         self.stop = stop
         self._formatter = _Formatter(self.getattr)
+        self._plain: dict[str, bool] = {}
 
     # ---- attributes
 
@@ -116,9 +120,27 @@ class Guards:
         formatter = self._formatter
         if isinstance(text, type):  # the method of the class: the text comes first
             return lambda text, *args, **kwargs: self._format(str(text), name)(*args, **kwargs)
+        if type(text) is str and name == "format" and self._is_plain(text):
+            return text.format
         if name == "format":
             return lambda *args, **kwargs: formatter.vformat(text, args, kwargs)
         return lambda mapping: formatter.vformat(text, (), mapping)
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether a format reads no attribute, no item and no width of its arguments: then it is Python's own to do.
+
+        Raises:
+            ValueError: it is malformed, or too wide.
+        """
+        known = self._plain.get(text)
+        if known is None:
+            known = all(
+                field is None or not ("." in field or "[" in field or "{" in check_width(spec))
+                for _, field, spec, _ in formatter_parser(text)
+            )
+            if len(text) < _MAX_KNOWN_CHARS and len(self._plain) < _MAX_KNOWN:
+                self._plain[text] = known
+        return known
 
     def hasattr(self, obj: Any, name: str) -> bool:
         """See `getattr`."""

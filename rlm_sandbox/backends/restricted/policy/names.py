@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NoReturn
 
-from .classes import ClassMaker
+from .classes import ClassMaker, GuestClass
 from .guards import Guards, TypeOf
 from .transformer import ELSEWHERE, check_width
 
@@ -114,6 +114,7 @@ def make_builtins(
     )
     hooks: Mapping[str, Any] = {
         ".stop": False, ".halt": halt, ".getattr": guards.getattr, ".write": guards.write, ".class": ClassMaker(),
+        ".type": type, ".guests": GuestClass,
         ".repeat": guards.repeat, ".pow": guards.pow, ".lshift": guards.lshift, ".stored": guards.stored,
     }  # fmt: skip
     return {**table, **hooks}

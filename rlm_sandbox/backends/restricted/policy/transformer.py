@@ -115,11 +115,18 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
         node.attr = self._mangled(node.attr)
         if isinstance(node.ctx, ast.Load):
             if node.attr.startswith("_") or node.attr in GUARDED_ATTRIBUTES or node.attr in INSPECT_ATTRIBUTES:
-                return _at(node, _call(".getattr", node.value, ast.Constant(node.attr)))
+                guarded = _call(".getattr", node.value, ast.Constant(node.attr))
+                if isinstance(node.value, ast.Name) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                    return _at(node, ast.IfExp(_is_guests(node.value), node, guarded))  # the cell's own objects are quick
+                return _at(node, guarded)
             return node
         if node.attr.startswith("__") or node.attr in INSPECT_ATTRIBUTES:
             self.error(node, f"the attribute {node.attr!r} cannot be assigned")
-        node.value = _at(node.value, _call(".write", node.value))
+        guarded = _call(".write", node.value)
+        if isinstance(node.value, ast.Name):
+            node.value = _at(node.value, ast.IfExp(_is_guests(node.value), node.value, guarded))
+        else:
+            node.value = _at(node.value, guarded)
         return node
 
     def visit_Call(self, node: ast.Call) -> Any:
@@ -284,6 +291,12 @@ def _load(name: str) -> ast.Name:
 
 def _call(name: str, *args: ast.expr) -> ast.Call:
     return ast.Call(_load(name), list(args), [])
+
+
+def _is_guests(name: ast.Name) -> ast.Compare:
+    """Whether a variable holds an instance of a cell's class, without a call of a function of ours. A look at a variable has no effect,
+    so that it may be taken twice."""
+    return ast.Compare(_call(".type", _call(".type", _load(name.id))), [ast.Is()], [_load(".guests")])
 
 
 def _at(old: Any, new: Any) -> Any:
