@@ -46,14 +46,20 @@ class DockerOptions(BackendOptions):
 class JailOptions(BackendOptions):
     """Options of the ``jail`` backend.
 
-    ``isolation``: ``"namespaces"`` is the only level this version offers.
+    - ``isolation``: ``"namespaces"`` is the only level this version offers.
+    - ``owner``: whose session it is: any text, a tenant's id for example. Sessions of one owner are forked from one interpreter
+      and share its memory layout and hash seed; sessions of different owners share neither. Each owner costs an interpreter
+      (0.2 s at the first session, about 20 MB while it has sessions).
     """
 
     isolation: Literal["namespaces"] = "namespaces"
+    owner: str = ""
 
     def __post_init__(self) -> None:
         if self.isolation != "namespaces":
             raise ValueError(f"JailOptions.isolation must be 'namespaces', got {self.isolation!r}")
+        if not isinstance(self.owner, str):
+            raise TypeError(f"JailOptions.owner must be a text, not {type(self.owner).__name__}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

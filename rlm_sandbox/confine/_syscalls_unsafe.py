@@ -47,6 +47,7 @@ _NR_OPEN_TREE: Final = 428
 _NR_MOVE_MOUNT: Final = 429
 _NR_MOUNT_SETATTR: Final = 442
 _NR_LANDLOCK_CREATE_RULESET: Final = 444
+_NR_LANDLOCK_ADD_RULE: Final = 445
 _NR_LANDLOCK_RESTRICT_SELF: Final = 446
 _NR_CLOSE_RANGE: Final = 436
 
@@ -64,7 +65,8 @@ _SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
 #: Since 5.19: once the supervisor has a notification, only a fatal signal interrupts the caller, so one call of the
 #: guest is one notification even when it is stopped and continued meanwhile.
 _SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV: Final = 1 << 5
-_LANDLOCK_ACCESS_FS_WRITE_FILE: Final = 1 << 1
+_LANDLOCK_CREATE_RULESET_VERSION: Final = 1
+_LANDLOCK_RULE_PATH_BENEATH: Final = 1
 _LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
 _M_ARENA_MAX: Final = -8
 
@@ -196,16 +198,37 @@ def install_filter(program: bytes, *, listener: bool) -> int:
     return _check(result, "seccomp")
 
 
-def landlock_give_up_writing() -> None:
-    """landlock(7): a rule set without a rule, so that this thread can open no file for writing. For trials only."""
-    attributes = struct.pack("<Q", _LANDLOCK_ACCESS_FS_WRITE_FILE)
-    ruleset = _syscall(ctypes.c_long(_NR_LANDLOCK_CREATE_RULESET), attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0))
-    _check(ruleset, "landlock_create_ruleset")
-    try:
-        result = _syscall(ctypes.c_long(_NR_LANDLOCK_RESTRICT_SELF), ctypes.c_int(ruleset), ctypes.c_uint(0))
-        _check(result, "landlock_restrict_self")
-    finally:
-        os.close(ruleset)
+def landlock_abi() -> int:
+    """landlock_create_ruleset(2): the version in force. Raises OSError where there is none."""
+    flags = ctypes.c_uint(_LANDLOCK_CREATE_RULESET_VERSION)
+    return _check(_syscall(ctypes.c_long(_NR_LANDLOCK_CREATE_RULESET), None, ctypes.c_size_t(0), flags), "landlock")
+
+
+def landlock_ruleset(files: int, network: int | None = None, scopes: int | None = None) -> int:
+    """landlock_create_ruleset(2): a descriptor of a rule set that handles these accesses; None where the version knows none."""
+    attributes = struct.pack("<Q", files)
+    if network is not None:
+        attributes += struct.pack("<Q", network)
+        if scopes is not None:
+            attributes += struct.pack("<Q", scopes)
+    size = ctypes.c_size_t(len(attributes))
+    return _check(
+        _syscall(ctypes.c_long(_NR_LANDLOCK_CREATE_RULESET), attributes, size, ctypes.c_uint(0)), "landlock_create_ruleset"
+    )
+
+
+def landlock_allow(ruleset: int, beneath: int, access: int) -> None:
+    """landlock_add_rule(2): these accesses to the file, or to everything below the directory, behind a descriptor."""
+    rule = struct.pack("<Qi", access, beneath)
+    kind = ctypes.c_int(_LANDLOCK_RULE_PATH_BENEATH)
+    result = _syscall(ctypes.c_long(_NR_LANDLOCK_ADD_RULE), ctypes.c_int(ruleset), kind, rule, ctypes.c_uint(0))
+    _check(result, "landlock_add_rule")
+
+
+def landlock_restrict(ruleset: int) -> None:
+    """landlock_restrict_self(2)."""
+    result = _syscall(ctypes.c_long(_NR_LANDLOCK_RESTRICT_SELF), ctypes.c_int(ruleset), ctypes.c_uint(0))
+    _check(result, "landlock_restrict_self")
 
 
 def pidfd_send_signal(pidfd: int, number: int) -> None:

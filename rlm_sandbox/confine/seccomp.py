@@ -45,16 +45,20 @@ class Arg:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What happens to a system call: allowed if each of ``args`` holds, else EPERM. ``action`` may ask the supervisor."""
+    """What happens to a system call: allowed if each of ``args`` holds, else EPERM. ``action`` may ask the supervisor.
+
+    ``reason``: why a guest needs it, and why a hostile one may have it so.
+    """
 
     action: int = _RET_ALLOW
     args: tuple[Arg, ...] = ()
+    reason: str = ""
 
 
-_ALLOW: Final = Rule()
-_ASK: Final = Rule(_RET_USER_NOTIF)
 #: glibc falls back to clone, whose flags a filter can read; clone3 passes them in memory, which it cannot.
-_ABSENT: Final = Rule(_RET_ERRNO | errno.ENOSYS)
+_ABSENT: Final = Rule(
+    _RET_ERRNO | errno.ENOSYS, reason="as on a kernel without it: its flags are in memory, where no filter sees them"
+)
 
 #: Between where Linux puts mappings and where it puts the main stack on x86-64, wherever it randomizes them: the stack's
 #: top is less than 16 GiB below 2**47, and the mappings begin at least 16 GiB, the stack's limit and 128 MiB below it.
@@ -69,59 +73,138 @@ _XATTR: Final = (
     "setxattr", "lsetxattr", "fsetxattr", "getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr",
 )  # fmt: skip
 
-_PLAIN: Final = """
-    read write readv writev pread64 pwrite64 preadv pwritev lseek close dup dup2 dup3 pipe pipe2
-    open openat stat lstat fstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getdents64 getcwd
-    chdir fchdir msync ftruncate truncate fallocate fsync fdatasync rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat link
-    linkat symlink symlinkat chmod fchmodat utimensat umask sendfile copy_file_range
-    mprotect munmap brk
-    poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2
-    sendto recvfrom recvmsg shutdown getsockname getpeername
-    futex set_robust_list get_robust_list rseq membarrier
-    clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getrusage
-    getpid getppid gettid getuid geteuid getgid getegid getgroups getresuid getresgid getpgrp getpgid getsid uname sysinfo
-    getrandom getrlimit getcpu sched_yield sched_getaffinity
-    rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack alarm setitimer getitimer pause
-    exit exit_group wait4 waitid restart_syscall
-""".split()
+#: Allowed whatever their arguments, by the reason why a Python needs them and why a hostile one may have them.
+_PLAIN: Final[tuple[tuple[str, str], ...]] = (
+    (
+        "bytes through descriptors it holds: channel, output pipes, files of its tree",
+        "read write readv writev pread64 pwrite64 preadv pwritev lseek sendfile copy_file_range",
+    ),
+    (
+        "its own descriptors; RLIMIT_NOFILE bounds their number",
+        "close dup dup2 dup3 pipe pipe2 eventfd2",
+    ),
+    (
+        "files of its tree, which is read-only but for /tmp, a tmpfs with a quota",
+        (
+            "open openat stat lstat fstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink "
+            "readlinkat getdents64 getcwd chdir fchdir umask"
+        ),
+    ),
+    (
+        "changes of files: only /tmp lets them happen",
+        (
+            "ftruncate truncate fallocate fsync fdatasync msync rename renameat renameat2 mkdir mkdirat rmdir "
+            "unlink unlinkat link linkat symlink symlinkat chmod fchmodat utimensat"
+        ),
+    ),
+    (
+        "its own memory; what it adds is counted by RLIMIT_DATA and RLIMIT_AS",
+        "mprotect munmap brk",
+    ),
+    (
+        "waiting for descriptors",
+        "poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait",
+    ),
+    (
+        "the socket pairs it holds or makes; there is no other socket, and datagrams to a path need one",
+        "sendto recvfrom recvmsg shutdown getsockname getpeername",
+    ),
+    (
+        "threads: locks, and what glibc registers for each",
+        "futex set_robust_list get_robust_list rseq membarrier",
+    ),
+    (
+        "clocks and sleep; the turn's time is measured on the host",
+        "clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getrusage",
+    ),
+    (
+        "what it is: numbers of its own namespaces, and facts of the kernel that limitations/jail.md lists",
+        (
+            "getpid getppid gettid getuid geteuid getgid getegid getgroups getresuid getresgid getpgrp getpgid "
+            "getsid uname sysinfo getrlimit getcpu sched_yield sched_getaffinity"
+        ),
+    ),
+    (
+        "random bytes",
+        "getrandom",
+    ),
+    (
+        "signals to itself and timers of its own; no handler outlives SIGKILL",
+        (
+            "rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack "
+            "alarm setitimer getitimer pause restart_syscall"
+        ),
+    ),
+    (
+        "its end, and that of its children, of which the standby is the only one",
+        "exit exit_group wait4 waitid",
+    ),
+)
 
 #: The worker: what a CPython without files of the host, network and children needs. Not fchmod: a context's descriptor
 #: belongs to a file that other sessions open, and on an ordinary user's host the guest is that file's owner.
 WORKER: Final[dict[str, Rule]] = {
-    **dict.fromkeys(_PLAIN, _ALLOW),
-    # No GROWSDOWN or HUGETLB, and no SHARED together with ANONYMOUS: RLIMIT_DATA does not count them.
-    "mmap": Rule(args=(Arg(3, (0x00, 0x01, 0x20), mask=0x21), Arg(3, (0,), mask=0x40100))),
-    # Not the main stack: a piece of it that is moved and enlarged stays a stack, which RLIMIT_DATA does not count.
-    "mremap": Rule(args=(Arg(0, below=_STACK_FLOOR),)),
-    # Ordinary advice only: DONTFORK and WIPEONFORK would sabotage the standby, REMOVE and HWPOISON reach beyond it.
-    "madvise": Rule(args=(Arg(2, (0, 1, 2, 3, 4, 8, 14, 15)),)),
-    # F_SETOWN with F_SETSIG(SIGKILL) kills a sibling where kill() is refused; F_SETPIPE_SZ pins 30 MB of kernel memory.
-    # Allowed: DUPFD, GETFD, SETFD, GETFL, SETFL, GETLK, SETLK, SETLKW, DUPFD_CLOEXEC, GETPIPE_SZ.
-    "fcntl": Rule(args=(Arg(1, (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)),)),
-    # TCGETS (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIOCLEX, FIONCLEX; not FIOSETOWN or SIOCSPGRP (as F_SETOWN).
-    "ioctl": Rule(args=(Arg(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),)),
-    # Reading one's own limits. Setting them, or another's: prlimit(1, RLIMIT_CPU, 0) kills the supervisor.
-    "prlimit64": Rule(args=(Arg(0, (0,)), Arg(2, (0,), wide=True))),
-    # PR_SET_NAME and PR_GET_NAME: not PDEATHSIG, DUMPABLE or SUBREAPER.
-    "prctl": Rule(args=(Arg(0, (15, 16)),)),
-    # SO_TYPE, SO_ERROR, SO_SNDBUF, SO_RCVBUF, SO_ACCEPTCONN, SO_PROTOCOL, SO_DOMAIN: not SO_PEERPIDFD, a handle to the host.
-    "getsockopt": Rule(args=(Arg(1, (1,)), Arg(2, (3, 4, 7, 8, 30, 38, 39)))),
-    # A stream pair for asyncio's self-pipe. socket() itself is not here: no network, no unix path.
-    "socketpair": Rule(args=(Arg(0, (1,)), Arg(1, (1,), mask=0xFFF7F7FF))),
-    # Threads. Processes only with the supervisor's word, which it gives to the runner between cells.
-    "clone": _ASK,
-    "fork": _ASK,
-    "vfork": _ASK,
+    **{name: Rule(reason=reason) for reason, names in _PLAIN for name in names.split()},
+    "mmap": Rule(
+        args=(Arg(3, (0x00, 0x01, 0x20), mask=0x21), Arg(3, (0,), mask=0x40100)),
+        reason="No GROWSDOWN or HUGETLB, and no SHARED together with ANONYMOUS: RLIMIT_DATA does not count them",
+    ),
+    "mremap": Rule(
+        args=(Arg(0, below=_STACK_FLOOR),),
+        reason="Not the main stack: a piece of it that is moved and enlarged stays a stack, which RLIMIT_DATA does not count",
+    ),
+    "madvise": Rule(
+        args=(Arg(2, (0, 1, 2, 3, 4, 8, 14, 15)),),
+        reason="Ordinary advice only: DONTFORK and WIPEONFORK would sabotage the standby, REMOVE and HWPOISON reach beyond it",
+    ),
+    "fcntl": Rule(
+        args=(Arg(1, (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)),),
+        reason=(
+            "DUPFD, GETFD, SETFD, GETFL, SETFL, GETLK, SETLK, SETLKW, DUPFD_CLOEXEC, GETPIPE_SZ; F_SETOWN with F_SETSIG(SIGKILL) "
+            "kills a sibling where kill() is refused, F_SETPIPE_SZ pins 30 MB of kernel memory"
+        ),
+    ),
+    "ioctl": Rule(
+        args=(Arg(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),),
+        reason="TCGETS (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIOCLEX, FIONCLEX; not FIOSETOWN or SIOCSPGRP (as F_SETOWN)",
+    ),
+    "prlimit64": Rule(
+        args=(Arg(0, (0,)), Arg(2, (0,), wide=True)),
+        reason="Reading one's own limits. Setting them, or another's: prlimit(1, RLIMIT_CPU, 0) kills the supervisor",
+    ),
+    "prctl": Rule(args=(Arg(0, (15, 16)),), reason="PR_SET_NAME and PR_GET_NAME: not PDEATHSIG, DUMPABLE or SUBREAPER"),
+    "getsockopt": Rule(
+        args=(Arg(1, (1,)), Arg(2, (3, 4, 7, 8, 30, 38, 39))),
+        reason="SO_TYPE, SO_ERROR, SO_SNDBUF, SO_RCVBUF, SO_ACCEPTCONN, SO_PROTOCOL, SO_DOMAIN: not SO_PEERPIDFD, a handle to the host",
+    ),
+    "socketpair": Rule(
+        args=(Arg(0, (1,)), Arg(1, (1,), mask=0xFFF7F7FF)),
+        reason="A stream pair for asyncio's self-pipe. socket() itself is not here: no network, no unix path",
+    ),
+    "clone": Rule(
+        _RET_USER_NOTIF, reason="Threads. Processes only with the supervisor's word, which it gives to the runner between cells"
+    ),
+    "fork": Rule(
+        _RET_USER_NOTIF, reason="Threads. Processes only with the supervisor's word, which it gives to the runner between cells"
+    ),
+    "vfork": Rule(
+        _RET_USER_NOTIF, reason="Threads. Processes only with the supervisor's word, which it gives to the runner between cells"
+    ),
     "clone3": _ABSENT,
-    "setpgid": _ASK,
-    # As on a file system without extended attributes: shutil.copy2 goes on without them.
-    **dict.fromkeys(_XATTR, Rule(_RET_ERRNO | errno.EOPNOTSUPP)),
-    # Signals to oneself; never to the supervisor or the standby.
-    "kill": _ASK,
-    "tgkill": _ASK,
-    # For the worker's own last steps only, see LAST.
-    "sendmsg": _ALLOW,
-    "seccomp": _ALLOW,
+    "setpgid": Rule(
+        _RET_USER_NOTIF, reason="Threads. Processes only with the supervisor's word, which it gives to the runner between cells"
+    ),
+    **dict.fromkeys(
+        _XATTR,
+        Rule(
+            _RET_ERRNO | errno.EOPNOTSUPP,
+            reason="As on a file system without extended attributes: shutil.copy2 goes on without them",
+        ),
+    ),
+    "kill": Rule(_RET_USER_NOTIF, reason="Signals to oneself; never to the supervisor or the standby"),
+    "tgkill": Rule(_RET_USER_NOTIF, reason="Signals to oneself; never to the supervisor or the standby"),
+    "sendmsg": Rule(reason="For the worker's own last steps only, see LAST"),
+    "seccomp": Rule(reason="For the worker's own last steps only, see LAST"),
 }
 
 #: Refused once the worker has handed over its notifier, before any cell code: a descriptor on its way through a socket
@@ -131,29 +214,22 @@ LAST: Final = ("sendmsg", "seccomp")
 #: The supervisor, which never runs cell code; the worker inherits this filter too, so it must contain the worker's.
 SUPERVISOR: Final[dict[str, Rule]] = {
     **WORKER,
-    **dict.fromkeys(
-        [
-            "clone",
-            "kill",
-            "tgkill",
-            "setpgid",
-            "ioctl",
-            "fcntl",
-            "prctl",
-            "seccomp",
-            "pidfd_open",
-            "pidfd_send_signal",
-            "close_range",
-            "prlimit64",
-        ],
-        _ALLOW,
-    ),
-    "clone": Rule(args=(Arg(0, (*_FORK_FLAGS, *_THREAD_FLAGS)),)),
-    "fork": _ALLOW,
-    "vfork": Rule(_RET_ERRNO | errno.EPERM),
-    "socketpair": Rule(args=(Arg(0, (1,)),)),
-    "setsockopt": _ALLOW,
-}
+    **{
+        name: Rule(reason=reason)
+        for reason, names in (
+            ("ends the worker's group, stops and wakes standby and worker, by handle where there is one",
+             "kill tgkill setpgid pidfd_open pidfd_send_signal"),
+            ("answers the worker's notifications", "ioctl"),
+            ("sets its own descriptors up, and closes what a worker must not have", "fcntl close_range setsockopt"),
+            ("a worker's own last steps: its name, its filter, its limits", "prctl seccomp prlimit64"),
+            ("forks the worker", "fork"),
+        )
+        for name in names.split()
+    },
+    "clone": Rule(args=(Arg(0, (*_FORK_FLAGS, *_THREAD_FLAGS)),), reason="forks the worker; a worker makes threads"),
+    "vfork": Rule(_RET_ERRNO | errno.EPERM, reason="nothing of ours uses it"),
+    "socketpair": Rule(args=(Arg(0, (1,)),), reason="the channel on which a worker is born"),
+}  # fmt: skip
 
 #: An engine's own worker program (Monty's), from the step before its execution: it reads, writes and allocates.
 ENGINE: Final[dict[str, Rule]] = {
@@ -165,14 +241,14 @@ ENGINE: Final[dict[str, Rule]] = {
         rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack exit exit_group restart_syscall
         execve
         """.split(),
-        _ALLOW,
+        Rule(reason="a program in Rust that reads requests, computes and answers; its tree holds nothing else"),
     ),
     "mmap": WORKER["mmap"],
     "mremap": WORKER["mremap"],
     "madvise": WORKER["madvise"],
     "prlimit64": WORKER["prlimit64"],
     "prctl": WORKER["prctl"],
-    "clone": Rule(args=(Arg(0, _THREAD_FLAGS),)),
+    "clone": Rule(args=(Arg(0, _THREAD_FLAGS),), reason="threads; no process"),
     "clone3": _ABSENT,
 }
 

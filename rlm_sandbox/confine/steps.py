@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from . import _syscalls_unsafe as raw
-from . import seccomp
+from . import landlock, seccomp
 from .places import GUEST_INPUT
 
 __all__ = (
@@ -61,6 +61,7 @@ class SessionConfinement:
 
     ``kernel_id``: the uid and gid, in the zygote's user namespace, that this session runs as; None keeps the zygote's,
     which on an ordinary user's host is that user. ``base_data``, ``base_address_space``: bytes the zygote itself uses.
+    ``landlock``: the version of it that is in force; 0 where the kernel has none.
     """
 
     kernel_id: int | None
@@ -70,6 +71,7 @@ class SessionConfinement:
     base_data: int
     base_address_space: int
     inputs: tuple[Input, ...] = ()
+    landlock: int = 0
 
 
 def _own_kernel_id(plan: SessionConfinement) -> None:
@@ -163,6 +165,11 @@ def _resource_limits(plan: SessionConfinement) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
 
 
+def _file_rules(plan: SessionConfinement) -> None:
+    if plan.landlock:
+        landlock.confine_files(plan.landlock)
+
+
 def _supervisor_filter(_plan: SessionConfinement) -> None:
     raw.install_filter(seccomp.build_filter(seccomp.SUPERVISOR), listener=False)
 
@@ -187,6 +194,7 @@ def confine_supervisor(plan: SessionConfinement, proc: int) -> None:
         _neutral_hostname,
         _resource_limits,
         _no_privileges,
+        _file_rules,
         _supervisor_filter,
     ]
     for step in steps:

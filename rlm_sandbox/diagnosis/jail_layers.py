@@ -137,6 +137,13 @@ LAYERS: Final = (
         _always(_KERNEL_REMEDY), needs=(*_USER, "mount namespace"),
     ),
     Layer(
+        "Landlock", kernel.landlock,
+        "A guest may only do with files what a list of paths allows, whatever is mounted; pipes of an input directory included.",
+        "The jail starts without it: file access rests on the guest's own tree and its read-only mounts.",
+        _always("enable Landlock (kernel parameter lsm=landlock,... on kernels built with it)"), needs=("kernel",),
+        absent=Status.CAUTION,
+    ),
+    Layer(
         "seccomp filter", kernel.seccomp_filter,
         "A guest reaches only the system calls that a Python needs.",
         "The jail does not start: a guest could use every system call of the kernel.",
@@ -182,7 +189,6 @@ LAYERS: Final = (
 
 #: What this version of the jail does not use: what is found is information, and nothing depends on it.
 UNUSED: Final[tuple[tuple[str, Callable[[], str], str], ...]] = (
-    ("Landlock", kernel.landlock, "Nothing follows: this version of the jail does not use it."),
     (
         "cgroup",
         kernel.cgroup_delegation,

@@ -17,6 +17,7 @@ import warnings
 from typing import Final
 
 from ..confine import _syscalls_unsafe as raw
+from ..confine import landlock
 from ..confine.places import GUEST_PACKAGES
 from ..confine.steps import Input, SessionConfinement, confine_supervisor
 from . import control, supervisor, worker
@@ -39,6 +40,10 @@ _ONE_THREAD: Final = (
     "NUMEXPR_NUM_THREADS",
     "POLARS_MAX_THREADS",
 )
+
+
+#: Found out once: every session has it, or none.
+_LANDLOCK: Final = landlock.abi()
 
 
 class _ImportFailed(Exception):
@@ -115,6 +120,7 @@ def _spawn(message: control.Message, fds: list[int], proc: int, host: socket.soc
         base_data=sizes[0],
         base_address_space=sizes[1],
         inputs=tuple(Input(name, directory, fd) for (name, directory), fd in zip(message["inputs"], fds[_CHANNELS:], strict=True)),
+        landlock=_LANDLOCK,
     )
     raw.unshare(raw.CLONE_NEWPID)  # for children only: the next fork is pid 1 of the new namespace
     try:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Final
 
 from ...bridge.framed import FramedSession
+from ...confine import landlock
 from ...confine.places import GUEST_INPUT
 from ...errors import BackendUnavailable
-from ...options import BackendOptions
+from ...options import BackendOptions, JailOptions
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
 from ...registry import Availability, SessionConfig
 from .guest import JailGuest
 from .inputs import check_inputs
-from .launch import shared_zygote
+from .launch import Zygote, shared_zygote
 
 __all__ = ("BACKEND", "JailBackend")
 
@@ -20,6 +21,15 @@ __all__ = ("BACKEND", "JailBackend")
 _PROCESSES: Final = 3
 #: What the host spends on a session beside its workers: supervisor, page tables, sockets.
 _OVERHEAD_MB: Final = 5
+
+
+#: What every session of the jail has, or it does not start.
+_LAYERS: Final = frozenset(
+    {
+        "user namespaces", "id maps", "mount namespace", "pid namespace", "network namespace", "ipc namespace", "uts namespace",
+        "pivot_root", "mount_setattr", "tmpfs quota", "seccomp filter", "seccomp notification", "pidfds", "memory limits", "task limit",
+    }
+)  # fmt: skip
 
 
 class JailBackend:
@@ -65,6 +75,7 @@ class JailBackend:
             packages=True,
             guest_threads=True,
             host_memory_worst_mb=worst,
+            layers=_LAYERS | ({"Landlock"} if landlock.abi() else set()),
             notes=(
                 "The REPL is a full CPython with the standard library; there is no network, and no process can be started.",
                 "Files can be written below /tmp.",
@@ -81,13 +92,17 @@ class JailBackend:
 
 def _start(config: SessionConfig) -> JailGuest:
     """A guest of this process's zygote. A zygote that died just now is replaced once."""
-    zygote = shared_zygote(config.packages)
+    zygote = _zygote(config)
     try:
         return JailGuest(zygote, config)
     except BackendUnavailable:
         if zygote.ends_soon():
-            return JailGuest(shared_zygote(config.packages), config)
+            return JailGuest(_zygote(config), config)
         raise
+
+
+def _zygote(config: SessionConfig) -> Zygote:
+    return shared_zygote(config.packages, config.options.owner if isinstance(config.options, JailOptions) else "")
 
 
 BACKEND: Final = JailBackend()

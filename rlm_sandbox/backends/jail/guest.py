@@ -56,12 +56,14 @@ class JailGuest:
         limits = config.limits
         self._closed = False
         self._owner = os.getpid()
+        self._zygote = zygote
         self._generation = 1
         self._supervisor = self._worker = self._statm = -1
         self._worker_pid = 0
         self._clock_at = time.monotonic()
         self._data_limit: int | None = None
         sockets, (out_read, out_write, err_read, err_write) = _channels()
+        zygote.count(1)
         self.data, data_theirs, self._control, control_theirs = sockets
         self.outputs: Mapping[int, Stream] = {out_read: "stdout", err_read: "stderr"}
         try:
@@ -272,6 +274,7 @@ class JailGuest:
         if self._closed:
             return
         self._closed = True
+        self._zygote.count(-1)
         # In a forked child of the host the guest is still the parent's.
         if self._supervisor >= 0 and self._owner == os.getpid():
             try:

@@ -30,6 +30,8 @@ __all__ = ("Zygote", "shared_zygote")
 #: From exec to a warm interpreter; 60 to 90 ms when idle.
 _START_SECONDS: Final = 30.0
 _SPAWN_SECONDS: Final = 10.0
+#: Interpreters that wait without a session, for owners and sets of packages that were here last.
+_MOST_IDLE: Final = 8
 _MIN_KERNEL: Final = (5, 14)
 _NAME: Final = "jail"
 
@@ -75,8 +77,10 @@ class Zygote:
         """
         _check_platform()
         self._packages = packages
+        self.sessions = 0
         self._importing = ""
         self._lock = threading.Lock()
+        self._count_lock = threading.Lock()  # not the other: a session may end while another one starts
         self.owner_pid = os.getpid()
         self._kernel_ids = 0
         self._next_id = 1
@@ -236,6 +240,11 @@ class Zygote:
         if message["op"] != "spawned":
             self._refuse(message)
 
+    def count(self, change: int) -> None:
+        """A session of it has opened (1) or ended (-1)."""
+        with self._count_lock:
+            self.sessions += change
+
     def close(self) -> None:
         """End the zygote and every session of it."""
         self._sock.close()
@@ -250,27 +259,40 @@ class Zygote:
         self._process.wait()
 
 
-_shared: dict[tuple[str, ...], Zygote] = {}
+#: Whose sessions, and with which packages.
+Key = tuple[str, tuple[str, ...]]
+
+_shared: dict[Key, Zygote] = {}
 _shared_lock = threading.Lock()
 
 
-def shared_zygote(packages: tuple[str, ...] = ()) -> Zygote:
-    """This process's zygote for sessions with these packages, started if there is none that lives.
+def shared_zygote(packages: tuple[str, ...] = (), owner: str = "") -> Zygote:
+    """This process's zygote for an owner's sessions with these packages, started if there is none that lives.
 
     Raises:
         BackendUnavailable: it cannot be started here.
         InputRefused: a package is not there, or cannot be imported.
     """
-    key = tuple(sorted(set(packages)))
+    names = tuple(sorted(set(packages)))
     with _shared_lock:
-        found = _shared.get(key)
-        if found is None or not found.alive:
-            if found is not None:
-                _shared.pop(key).close()
+        found = _shared.pop((owner, names), None)
+        if found is not None and not found.alive:
+            found.close()
+            found = None
+        if found is None:
+            _end_idle()
             if not _shared:
                 atexit.register(_close_all)
-            found = _shared[key] = Zygote(_package_set(key) if key else None)
+            found = Zygote(_package_set(names) if names else None)
+        _shared[owner, names] = found  # at the end: the order is that of their last use
         return found
+
+
+def _end_idle() -> None:
+    """Owners come and go; an interpreter without sessions is kept only for the latest of them."""
+    idle = [key for key, zygote in _shared.items() if zygote.sessions == 0]
+    for key in idle[: max(0, len(idle) - _MOST_IDLE)]:
+        _shared.pop(key).close()
 
 
 def _package_set(names: tuple[str, ...]) -> PackageSet:
