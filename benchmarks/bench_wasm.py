@@ -13,9 +13,9 @@ import json
 import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -135,14 +135,41 @@ def kills(count: int) -> None:
             say(f"restored from ten cells: {name}", statistics.median(recovery) * 1e3, "ms", target=50, n=count)
 
 
-def recoveries() -> None:
-    with open_repl("wasm") as session:
-        for n in range(1, 101):
-            session.exec(f"def f{n}(x):\n    return x + {n}\nv{n} = [f{n}(i) for i in range(100)]")
-            if n in (10, 100):
+def recoveries(count: int) -> None:
+    """After ten cells and after a hundred, with a moment between them, as a model takes it."""
+    for cells in (10, 100):
+        took = []
+        for _ in range(count):
+            with open_repl("wasm") as session:
+                for n in range(cells):
+                    assert session.exec(f"def f{n}(x):\n    return x + {n}\nv{n} = [f{n}(i) for i in range(100)]").ok
+                time.sleep(0.3)
                 started = _now()
                 result = session.exec("import os\nos._exit(1)")
-                say(f"restored from {n} cells", (_now() - started) * 1e3, "ms", n=1, state=result.state)
+                took.append(_now() - started)
+                assert result.state == "restored"
+                assert session.exec(f"v0[1], v{cells - 1}[1]").value == f"(1, {cells})"
+        say(f"restored from {cells} cells", statistics.median(took) * 1e3, "ms", target=50, n=count)
+
+
+def parallel() -> None:
+    """Two sessions in two threads, beside one after the other: the interpreter lock is free while a guest computes."""
+    cell = "n = 0\nfor i in range(3_000_000):\n    n += i & 7"
+    with open_repl("wasm") as one, open_repl("wasm") as other:
+        ratios = []
+        for _ in range(5):
+            together = [threading.Thread(target=session.exec, args=(cell,)) for session in (one, other)]
+            started = _now()
+            for session in (one, other):
+                session.exec(cell)
+            in_turn = _now() - started
+            started = _now()
+            for thread in together:
+                thread.start()
+            for thread in together:
+                thread.join()
+            ratios.append((_now() - started) / in_turn)
+    say("two sessions at once, of their time in turn", statistics.median(ratios), "times", n=5, ideal=0.5)
 
 
 def speed(count: int) -> None:
@@ -166,22 +193,6 @@ def _timed(run: Callable[[], object]) -> float:
     return _now() - started
 
 
-def peer() -> None:
-    """The same beside the peer that runs in-process too, where it can be installed (Python 3.12 and newer)."""
-    try:
-        found = version("pyeryx")
-    except PackageNotFoundError:
-        say("pyeryx", None, "ms", note="not installed (it needs Python 3.12 or newer): not compared")
-        return
-    import eryx  # type: ignore[import-not-found, unused-ignore]
-
-    started = _now()
-    session = eryx.Session()
-    session.execute("x = 1")
-    say(f"pyeryx {found}: session and first cell", (_now() - started) * 1e3, "ms")
-    say(f"pyeryx {found}: execute('x=1')", median_of(100, lambda: session.execute("x=1")) * 1e3, "ms", n=100)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
@@ -196,9 +207,9 @@ def main() -> None:
     turns(200 if quick else 2_000)
     many(20 if quick else 100)
     kills(2 if quick else 5)
-    recoveries()
+    recoveries(2 if quick else 10)
+    parallel()
     speed(2 if quick else 5)
-    peer()
 
 
 if __name__ == "__main__":

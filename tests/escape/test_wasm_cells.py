@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,7 @@ from rlm_sandbox import Limits, REPLProtocol, open_repl
 from rlm_sandbox.registry import load_backend
 
 from ..conftest import require_usable
-from .outside import RESTORED, SURVIVED, Attack, Listener
+from .outside import RESTORED, SURVIVED, Attack, Listener, wait_until
 from .wasm_host import FRAMES, SMALL, HostMemory, Neighbour, assert_contained, guest_threads
 
 OpenWasm = Callable[[Limits | None], REPLProtocol]
@@ -103,8 +104,13 @@ ATTACKS: Final = (
 )  # fmt: skip
 #: They forge every later answer of their own session: a guest's own words. Their next cell is not looked at here.
 _FORGES_ITS_SESSION: Final = ("PROTO-514",)
-#: What the host may grow by in an attack, in MiB: the guest, a second one for its recovery, and what crosses.
-_MOST_MB: Final = 2 * 128 + 256
+
+
+def declared_mb(repl: REPLProtocol) -> int:
+    """What the backend says that one session can cost the host."""
+    worst = repl.capabilities.host_memory_worst_mb
+    assert worst is not None
+    return worst
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,7 +151,7 @@ def test_contained(open_wasm: OpenWasm, neighbour: Neighbour, attack: Attack) ->
         return
     with HostMemory() as memory:
         assert_contained(repl, attack, neighbour)
-    assert memory.grown_mb < _MOST_MB
+    assert memory.grown_mb < declared_mb(repl)
 
 
 def test_ids_are_unique() -> None:
@@ -184,6 +190,46 @@ def test_answers_without_end_do_not_fill_the_host(open_wasm: OpenWasm) -> None:
         assert repl.exec("for _ in range(100):\n    f()").ok
     assert memory.grown_mb < 64 + 128  # the journal's share, and some on their way
     assert not repl.exec("1").protected
+
+
+#: A frame as large as the guest's memory lets it be built: four bytes a character there, and again on the host.
+_LARGEST_FRAME: Final = """
+head = json.dumps(['suspend', [[10**6, 0, None, ['l', ['a', 0]], ['d']]], False])
+table = f"{len(head)} t{n}\\n"
+wit_world.suspend((table + head + chr(0x1f600)).ljust(len(table) + len(head) + n, 'x'))
+"""
+
+
+@pytest.mark.parametrize("heap", [0.0, 0.5, 1.0])
+def test_the_host_never_needs_more_than_is_declared(open_wasm: OpenWasm, heap: float) -> None:
+    """MEM-522: a heap that stays, a second guest that follows it, a frame of what is left, a kill, and the recovery."""
+    repl = open_wasm(Limits(time_seconds=30, memory_mb=256))
+    free = (256 - 40) << 20
+    with HostMemory() as memory:
+        assert repl.exec(FRAMES).ok
+        for n in range(12):
+            assert repl.exec(f"v{n} = {n}").ok
+        assert repl.exec(f"kept = [bytes(1 << 20) for _ in range({int(free * heap) >> 20})]").ok
+        if heap < 1:
+            assert repl.exec(f"n = {int(free * (1 - heap) / 9.5)}\n{_LARGEST_FRAME}").ok
+        wait_until(lambda: repl.exec("1").protected, "the session was never followed", 30)
+        assert repl.exec("import os\nos._exit(1)").state == "restored"
+        assert repl.exec("1").ok
+    assert memory.grown_mb < declared_mb(repl)
+
+
+def test_dead_guests_give_their_memory_back(open_wasm: OpenWasm) -> None:
+    """MEM-523: at once, and not when the host's collector happens to run: ten of them would be more than a gigabyte."""
+    repl = open_wasm(Limits(time_seconds=30, memory_mb=160))
+    gc.disable()
+    try:
+        with HostMemory() as memory:
+            for _ in range(10):
+                result = repl.exec("a = [bytes(1 << 20) for _ in range(110)]\nimport os\nos._exit(1)")
+                assert (result.outcome, result.state) == ("crashed", "restored")
+    finally:
+        gc.enable()
+    assert memory.grown_mb < declared_mb(repl)
 
 
 def test_the_deadline_holds_in_every_session_at_once(open_wasm: OpenWasm) -> None:

@@ -88,6 +88,9 @@ def _name(data: bytes) -> Any:
 def _text_of(value: Any) -> str:
     try:
         vector = value.of.string
-        return ctypes.string_at(vector.data, vector.size).decode("utf-8")
+        if not vector.size:
+            return ""
+        # Decoded where it is: a copy of the bytes would be one more of the guest's largest frame.
+        return str(ctypes.cast(vector.data, ctypes.POINTER(ctypes.c_ubyte * vector.size)).contents, "utf-8")
     finally:
         _ffi.wasmtime_component_val_delete(ctypes.byref(value))

@@ -40,7 +40,8 @@ class Instance:
         self._loaded = loaded
         self._surroundings = Surroundings()
         self._store = Store(loaded.engine)
-        self._at_tick = capi.on_epoch(self._store, self._must_stop)
+        # Through its surroundings: a reference back to this would keep a dead guest's memory until a garbage collection.
+        self._at_tick = capi.on_epoch(self._store, self._surroundings.must_stop)
         try:
             instance = loaded.linker.instantiate(self._store, loaded.component)
         except WasmtimeError as exc:
@@ -51,6 +52,7 @@ class Instance:
         assert function is not None
         self._function = function
         self._lock = threading.Lock()
+        self._discarded = False
 
     def limit_memory(self, megabytes: int | None) -> None:
         """Bound the guest's memory from now on."""
@@ -62,28 +64,38 @@ class Instance:
 
     def run(self, frame: str, peer: LivePeer | ReplayPeer) -> None:
         """Run one request on this thread, which must be a cell thread. See `start`."""
-        answer = why = None
         # The engine's store is for one thread at a time, and does not check it: two would corrupt the host's memory.
         if not self._lock.acquire(blocking=False):
             peer.end(None, "it was still running its last request")
             return
         try:
-            current.surroundings = self._surroundings
-            self._surroundings.peer = peer
-            self._loaded.clock.start()
-            try:
-                answer = capi.call_with_text(self._function, self._store, frame)
-            except BaseException as exc:  # noqa: BLE001 - the engine's errors, and what a damaged guest makes of a string
-                why = _reason(peer, exc)
-            self._loaded.clock.stop()
-            self._surroundings.peer = None
+            answer, why = (None, "it was discarded") if self._discarded else self._call(frame, peer)
+            if self._discarded:
+                self._store.close()
         finally:
             self._lock.release()
         peer.end(answer, why)  # last: the next request may begin on another thread at once
 
-    def _must_stop(self) -> bool:
-        peer = self._surroundings.peer
-        return peer is not None and peer.must_stop  # there is none while the instance is made
+    def _call(self, frame: str, peer: LivePeer | ReplayPeer) -> tuple[str | None, str | None]:
+        current.surroundings = self._surroundings
+        self._surroundings.peer = peer
+        self._loaded.clock.start()
+        try:
+            return capi.call_with_text(self._function, self._store, frame), None
+        except BaseException as exc:  # noqa: BLE001 - the engine's errors, and what a damaged guest makes of a string
+            return None, _reason(peer, exc)
+        finally:
+            self._loaded.clock.stop()
+            self._surroundings.peer = None
+
+    def discard(self) -> None:
+        """Give its memory back: now, or when the request that still runs has ended. Nothing can be run in it any more."""
+        self._discarded = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._store.close()
+            finally:
+                self._lock.release()
 
 
 def check_memory_limit(megabytes: int | None) -> None:

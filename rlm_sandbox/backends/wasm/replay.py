@@ -178,6 +178,7 @@ class _Follower:
         peer = self._peer
         if peer is not None:
             peer.must_stop = True
+        self._instance.discard()
 
     def _run(self) -> None:
         while True:

@@ -185,6 +185,7 @@ class WasmSession(Session):
         for context in self._contexts.values():
             context.search.cancel()
         self._handles.drop_since(self._mark)
+        self._instance.discard()  # before another takes as much memory
         lost = tuple(self._known_names)
         try:
             instance = self._replay.recover() if self._config.recovery else None
@@ -208,6 +209,7 @@ class WasmSession(Session):
             raise SessionClosed(f"{self._close_reason}; open a new one") from exc
 
     def _begin_anew(self) -> None:
+        self._instance.discard()
         self._take_instance(self._limits.memory_mb)
         self._out_of_step = False
         self._replay.forget()
@@ -223,7 +225,7 @@ class WasmSession(Session):
     def _free_guest(self) -> None:
         self._close_contexts()
         self._replay.close()
-        del self._instance
+        self._instance.discard()
 
 
 def _configuration(config: SessionConfig) -> str:

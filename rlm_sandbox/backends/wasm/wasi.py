@@ -40,6 +40,11 @@ class Surroundings:
         self.pollables: dict[int, int] = {}
         self.last_pollable = 0
 
+    def must_stop(self) -> bool:
+        """Whether the guest that runs now must end; there is no peer while an instance is made."""
+        peer = self.peer
+        return peer is not None and peer.must_stop
+
     def new_pollable(self, when: int) -> int:
         """A timer's number."""
         if len(self.pollables) >= _MAX_POLLABLES:
