@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from rlm_sandbox import BackendUnavailable, WasmOptions, available, open_repl
 from rlm_sandbox.backends.wasm import build, cache, component, engine_version
 from rlm_sandbox.backends.wasm.cache import cache_directory, compiled_file
 from rlm_sandbox.backends.wasm.component import GuestComponent, find_component
+from rlm_sandbox.backends.wasm.progress import progress
 
 #: The smallest component there is.
 TINY = bytes(wasmtime.wat2wasm("(component)"))
@@ -239,6 +241,35 @@ def test_an_engine_of_another_release_is_one_clear_error(found: str, monkeypatch
     with pytest.raises(BackendUnavailable, match=rf"wasmtime {found} is installed.*pip install 'wasmtime==50.0.1'"):
         open_repl("wasm")
     assert not available()["wasm"].usable
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_too_little_address_space_is_one_clear_error() -> None:
+    program = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
+        "from rlm_sandbox import BackendUnavailable, open_repl\n"
+        "try:\n"
+        "    open_repl('wasm')\n"
+        "except BackendUnavailable as exc:\n"
+        "    print(exc)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+    assert "raise the limit of address space" in done.stdout
+
+
+def test_what_takes_long_says_so_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with progress("compiling"):
+        pass
+    assert shown.getvalue().startswith("\rrlm_sandbox: compiling ... 0 s")
+    assert shown.getvalue().endswith("\n")
 
 
 def test_no_engine_is_one_clear_error() -> None:

@@ -19,6 +19,8 @@ __all__ = ("MIN_MEMORY_MB", "Instance")
 #: The component's own memory, interpreter and modules, and room for a cell.
 MIN_MEMORY_MB: Final = 48
 _NO_LIMIT: Final = 1 << 32
+#: The interpreter's tables have their size from the start; the memory of any other table would be counted nowhere.
+_TABLE_ELEMENTS: Final = 1 << 16
 #: What the engine says when a guest ends, to how the sentence "the guest was killed: ..." goes on.
 _REASONS: Final = {
     "call stack exhausted": "it exhausted its stack",
@@ -56,7 +58,7 @@ class Instance:
 
     def limit_memory(self, megabytes: int | None) -> None:
         """Bound the guest's memory from now on."""
-        self._store.set_limits(memory_size=_NO_LIMIT if megabytes is None else megabytes << 20)
+        self._store.set_limits(memory_size=_NO_LIMIT if megabytes is None else megabytes << 20, table_elements=_TABLE_ELEMENTS)
 
     def start(self, frame: str, peer: LivePeer | ReplayPeer) -> None:
         """Run one request on a cell thread. ``peer.end`` is called with what came of it; it never raises."""
