@@ -20,7 +20,9 @@ from rlm_sandbox import BackendUnavailable, WasmOptions, available, open_repl
 from rlm_sandbox.backends.wasm import build, cache, component, engine_version
 from rlm_sandbox.backends.wasm.cache import cache_directory, compiled_file
 from rlm_sandbox.backends.wasm.component import GuestComponent, find_component
+from rlm_sandbox.backends.wasm.parts import examine_parts
 from rlm_sandbox.backends.wasm.progress import progress
+from rlm_sandbox.registry import Part
 
 #: The smallest component there is.
 TINY = bytes(wasmtime.wat2wasm("(component)"))
@@ -368,3 +370,49 @@ def test_every_guest_file_is_among_the_sources() -> None:
     root = Path(build.__file__).parents[2]
     for name in listed:
         assert (root / name).is_file()
+
+
+def test_a_build_is_done_again_only_for_other_sources(packaged: Path) -> None:
+    assert build.is_current(packaged)
+    (packaged / build.COMPONENT_NAME).write_bytes(TINY + b"\0")
+    assert not build.is_current(packaged)
+    (packaged / build.RECORD_NAME).unlink()
+    assert not build.is_current(packaged)
+
+
+# ---- what the doctor says of them
+
+
+def parts() -> dict[str, Part]:
+    return {part.name: part for part in examine_parts()}
+
+
+def test_the_doctor_names_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_version, "version", lambda name: "51.0.0")
+    engine_version.check_engine.cache_clear()
+    found = parts()
+    assert set(found) == {"engine"}
+    assert (found["engine"].works, found["engine"].remedy) == (False, "run: pip install 'wasmtime==50.0.1'")
+
+
+def test_the_doctor_names_a_missing_and_a_damaged_component(
+    packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLM_SANDBOX_CACHE", str(tmp_path / "cache"))
+    assert parts()["component"].works
+    assert parts()["compiled code"].found == "not there yet"
+    (packaged / build.COMPONENT_NAME).write_bytes(TINY + b"\0")
+    assert "not the one that was recorded" in parts()["component"].found
+    monkeypatch.setattr(component, "_PACKAGED", tmp_path / "nothing")
+    monkeypatch.setattr(build, "can_build", lambda: False)
+    found = parts()["component"]
+    assert (found.works, found.needed) == (False, True)
+    assert "componentize-py" in found.remedy
+
+
+def test_the_doctor_names_a_cache_that_is_open_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLM_SANDBOX_CACHE", str(tmp_path))
+    cache_directory(None).chmod(0o755)
+    found = parts()["cache"]
+    assert not found.works
+    assert found.remedy.startswith("run: chmod 700")
