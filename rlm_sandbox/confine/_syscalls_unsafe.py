@@ -40,6 +40,7 @@ PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
 _NR_PIVOT_ROOT: Final = 155
+_NR_CLONE: Final = 56
 _NR_SECCOMP: Final = 317
 _NR_CAPSET: Final = 126
 _NR_PIDFD_SEND_SIGNAL: Final = 424
@@ -61,6 +62,8 @@ _AT_EMPTY_PATH: Final = 0x1000
 _OPEN_TREE_CLONE: Final = 1
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _SECCOMP_SET_MODE_FILTER: Final = 1
+_SECCOMP_GET_NOTIF_SIZES: Final = 3
+_SIGCHLD: Final = 17
 _SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
 #: Since 5.19: once the supervisor has a notification, only a fatal signal interrupts the caller, so one call of the
 #: guest is one notification even when it is stopped and continued meanwhile.
@@ -235,6 +238,36 @@ def pidfd_send_signal(pidfd: int, number: int) -> None:
     """pidfd_send_signal(2) without siginfo."""
     result = _syscall(ctypes.c_long(_NR_PIDFD_SEND_SIGNAL), ctypes.c_int(pidfd), ctypes.c_int(number), None, ctypes.c_uint(0))
     _check(result, "pidfd_send_signal")
+
+
+def seccomp_notifications() -> bool:
+    """Whether the kernel can hand system calls to a supervisor: seccomp(2), SECCOMP_GET_NOTIF_SIZES. Changes nothing."""
+    sizes = ctypes.create_string_buffer(6)
+    return int(_syscall(ctypes.c_long(_NR_SECCOMP), ctypes.c_uint(_SECCOMP_GET_NOTIF_SIZES), ctypes.c_uint(0), sizes)) == 0
+
+
+def fork_with(secret: int) -> int:
+    """clone(2) as fork(2) does it, with ``secret`` in the sixth register, which the kernel ignores and a filter can read.
+
+    The interpreter's own steps before and after a fork are taken; those of the C library (locks of allocator and streams) are
+    not, so a child of a process with other threads may hang. The lock of the interpreter is held throughout.
+    """
+    before, parent, child = (
+        getattr(ctypes.pythonapi, f"PyOS_{name}") for name in ("BeforeFork", "AfterFork_Parent", "AfterFork_Child")
+    )
+    call = ctypes.PyDLL(None, use_errno=True).syscall
+    call.restype = ctypes.c_long
+    before()
+    arguments = (_NR_CLONE, _SIGCHLD, 0, 0, 0, 0)
+    pid = int(call(*(ctypes.c_long(number) for number in arguments), ctypes.c_ulong(secret)))
+    if pid == 0:
+        child()
+        return 0
+    number = ctypes.get_errno()
+    parent()
+    if pid < 0:
+        raise OSError(number, f"clone: {os.strerror(number)}")
+    return pid
 
 
 def close_range(first: int, last: int) -> None:

@@ -11,7 +11,18 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ("ENGINE", "LAST", "NUMBERS", "SUPERVISOR", "WORKER", "Arg", "Rule", "build_filter", "build_refusal")
+__all__ = (
+    "ENGINE",
+    "LAST",
+    "NUMBERS",
+    "SUPERVISOR",
+    "WORKER",
+    "Arg",
+    "Rule",
+    "build_filter",
+    "build_refusal",
+    "worker_without_notifier",
+)
 
 _AUDIT_ARCH_X86_64: Final = 0xC000003E
 _X32_BIT: Final = 0x40000000
@@ -306,8 +317,28 @@ def _check_arg(arg: Arg) -> list[bytes]:
     return code
 
 
-def build_filter(rules: dict[str, Rule]) -> bytes:
-    """The BPF program for an allow-list. Thread-making clones are allowed where ``clone`` asks the supervisor."""
+def worker_without_notifier(pid: int) -> dict[str, Rule]:
+    """The worker's list for a kernel that cannot ask a supervisor: what is asked elsewhere is decided by arguments alone.
+
+    ``pid``: the worker's own, the only process it may signal. A standby that took its place may signal nobody.
+    ``clone`` is left to `build_filter`, with a secret.
+    """
+    itself = Rule(args=(Arg(0, (pid,)),))
+    return {
+        **WORKER,
+        "kill": itself,
+        "tgkill": itself,
+        "setpgid": Rule(args=(Arg(0, (0,)), Arg(1, (0,)))),  # a standby leaves its worker's group
+        "fork": Rule(_RET_ERRNO | errno.EPERM),
+        "vfork": Rule(_RET_ERRNO | errno.EPERM),
+    }
+
+
+def build_filter(rules: dict[str, Rule], fork_secret: int | None = None) -> bytes:
+    """The BPF program for an allow-list. Thread-making clones are allowed where ``clone`` asks the supervisor.
+
+    ``fork_secret``: instead of asking, allow a fork that has this 64-bit number in the sixth register.
+    """
     program = [
         _instruction(_LD_W_ABS, 4),
         _instruction(_JEQ_K, _AUDIT_ARCH_X86_64, 1, 0),
@@ -324,6 +355,14 @@ def build_filter(rules: dict[str, Rule]) -> bytes:
                 _instruction(_LD_W_ABS, 16),
                 *(_instruction(_JEQ_K, flags, 0, 1) + _instruction(_RET_K, _RET_ALLOW) for flags in _THREAD_FLAGS),
             ]
+        if name == "clone" and fork_secret is not None:
+            body += [
+                *_check_arg(Arg(0, _FORK_FLAGS)),
+                *_check_arg(Arg(5, (fork_secret & 0xFFFFFFFF,))),
+                _instruction(_LD_W_ABS, 16 + 8 * 5 + 4), _instruction(_JEQ_K, fork_secret >> 32, 1, 0),
+                _instruction(_RET_K, _RET_ERRNO | errno.EPERM),
+                _instruction(_RET_K, _RET_ALLOW),
+            ]  # fmt: skip
         body.append(_instruction(_RET_K, rule.action))
         length = sum(len(part) for part in body) // 8
         program += [_instruction(_JEQ_K, NUMBERS[name], 0, length), *body]

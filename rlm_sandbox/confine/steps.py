@@ -22,6 +22,8 @@ __all__ = (
     "InputUnreadable",
     "SessionConfinement",
     "confine_in_container",
+    "confine_in_plain_container",
+    "confine_plain_worker",
     "confine_relay",
     "confine_supervisor",
     "confine_worker",
@@ -35,6 +37,8 @@ _INODES_PER_MB: Final = 256
 _MAX_DESCRIPTORS: Final = 256
 #: Address space beyond memory and contexts: code, stacks, arenas and reservations that hold no data.
 _ADDRESS_SPACE_SLACK_MB: Final = 1024
+#: The same where the address space is what bounds memory: the stacks of 64 threads, and as much again.
+_PLAIN_SLACK_MB: Final = 64
 _MB: Final = 1024 * 1024
 
 
@@ -228,6 +232,39 @@ def confine_in_container(plan: SessionConfinement) -> None:
         step(plan)
 
 
+def _plain_resource_limits(plan: SessionConfinement) -> None:
+    """What such a kernel counts. It does not count data alone, so the address space is what bounds memory."""
+    hard: list[tuple[int, int]] = [
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, _MAX_DESCRIPTORS),
+        (resource.RLIMIT_STACK, 8 * _MB),
+    ]
+    if plan.disk_mb is not None:
+        hard.append((resource.RLIMIT_FSIZE, plan.disk_mb * _MB))
+    for which, value in hard:
+        resource.setrlimit(which, (value, value))
+    if plan.memory_mb is not None:
+        soft = plan.base_address_space + (plan.memory_mb + _PLAIN_SLACK_MB) * _MB
+        resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+
+
+def confine_in_plain_container(plan: SessionConfinement) -> None:
+    """As `confine_in_container`, on a kernel without seccomp notifications and pidfds: gVisor's.
+
+    Raises:
+        OSError: a step failed; the caller must end the process.
+    """
+    steps: list[Callable[[SessionConfinement], None]] = [
+        _check_container,
+        lambda _plan: os.chdir("/tmp"),  # noqa: S108
+        _plain_resource_limits,
+        _not_dumpable,
+        _supervisor_filter,
+    ]
+    for step in steps:
+        step(plan)
+
+
 def confine_relay() -> None:
     """Confine the relay, which carries a guest's bytes but never looks into them.
 
@@ -245,6 +282,16 @@ def confine_worker() -> int:
         OSError: the kernel refuses; the caller must end the process.
     """
     return raw.install_filter(seccomp.build_filter(seccomp.WORKER), listener=True)
+
+
+def confine_plain_worker(secret: int) -> None:
+    """The worker's filter where the kernel has no notifier: a fork needs ``secret``, which the supervisor hands out.
+
+    Raises:
+        OSError: the kernel refuses; the caller must end the process.
+    """
+    program = seccomp.build_filter(seccomp.worker_without_notifier(os.getpid()), fork_secret=secret)
+    raw.install_filter(program, listener=False)
 
 
 def seal_worker() -> None:

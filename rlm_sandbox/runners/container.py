@@ -7,19 +7,23 @@ what an operator should read when a container does not start.
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
+import resource
 import signal
 import socket
 import time
 from typing import Final, NoReturn
 
 from ..confine import _syscalls_unsafe as raw
-from ..confine.steps import SessionConfinement, confine_in_container, confine_relay
+from ..confine.steps import SessionConfinement, confine_in_container, confine_in_plain_container, confine_relay
 from . import control, supervisor, worker
 from .multiplex import HEADER, MESSAGE, STDERR, STDOUT, Multiplexer, StreamFailed
+from .plain_supervisor import PlainSupervisor
 from .preloaded import PRELOADED
+from .processes import ByPid, ByPidfd, Process
 from .zygote import ARENAS, own_sizes
 
 __all__ = ("CONTEXTS", "main")
@@ -31,6 +35,7 @@ _CHUNK: Final = 1 << 16
 _CPUCLOCK_SCHED: Final = 2
 #: Field of /proc/PID/statm that counts data and stack, in pages; what RLIMIT_DATA bounds is at most that.
 _STATM_DATA: Final = 5
+_STATM_SIZE: Final = 0
 _PAGE_KB: Final = os.sysconf("SC_PAGE_SIZE") // 1024
 _SIGNALS: Final = {"wake": signal.SIGCONT, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}
 
@@ -64,8 +69,8 @@ class Relay(Multiplexer):
         super().__init__(_Attached(), data, supervisor_socket, outputs, reads_outputs=True)
         self._supervisor = supervisor_socket
         self._data_limit_kb = data_limit_kb
-        self._worker = self._statm = -1
-        self._worker_pid = 0
+        self._worker: Process | None = None
+        self._statm = -1
 
     def on_remote(self, message: control.Message) -> None:
         """An order of the host: signals are sent from here, everything else goes to the supervisor."""
@@ -76,6 +81,8 @@ class Relay(Multiplexer):
             self._signal(_SIGNALS[op])
             if op == "stop":
                 self.send_vitals()
+                if isinstance(self._worker, ByPid):
+                    control.send(self._supervisor, {"op": "stopped"})
         elif op == "vitals":
             self.send_vitals()
         elif op == "measure":
@@ -90,8 +97,9 @@ class Relay(Multiplexer):
 
     def on_local(self, message: control.Message, fds: list[int]) -> None:
         """A report of the supervisor; with one about a worker comes that worker's pidfd."""
-        if "worker" in message and fds:
-            self._take_worker(int(message["worker"]), fds.pop())
+        if "worker" in message:
+            pid = int(message["worker"])
+            self._take_worker(ByPidfd(pid, fds.pop()) if fds else ByPid(pid))
         for fd in fds:
             os.close(fd)
         self.send_vitals()
@@ -105,33 +113,42 @@ class Relay(Multiplexer):
 
     def _signal(self, number: int) -> None:
         try:
-            raw.pidfd_send_signal(self._worker, number)
+            if self._worker is not None:
+                self._worker.signal(number)
         except ProcessLookupError:
             pass  # it died; the supervisor reports it
 
     def vitals(self) -> tuple[float, int] | None:
         """See `Multiplexer.vitals`."""
+        process = self._worker
+        if process is None:
+            return None
+        limit, field = self._data_limit_kb, _STATM_DATA
         try:
-            cpu = time.clock_gettime((~self._worker_pid << 3) | _CPUCLOCK_SCHED)
-            pages = int(os.pread(self._statm, 256, 0).split()[_STATM_DATA]) if self._data_limit_kb else 0
+            cpu = time.clock_gettime((~process.pid << 3) | _CPUCLOCK_SCHED)
+            if limit and isinstance(process, ByPid):  # without a limit on data it is the address space that is bounded
+                limit, field = resource.prlimit(process.pid, resource.RLIMIT_AS)[0] // 1024, _STATM_SIZE
+            pages = int(os.pread(self._statm, 256, 0).split()[field]) if limit else 0
         except (OSError, IndexError, ValueError):
             return None
-        return cpu, (self._data_limit_kb - pages * _PAGE_KB if self._data_limit_kb else -1)
+        return cpu, (limit - pages * _PAGE_KB if limit else -1)
 
-    def _take_worker(self, pid: int, pidfd: int) -> None:
-        for fd in (self._worker, self._statm):
-            if fd >= 0:
-                os.close(fd)
-        self._worker, self._worker_pid, self._statm = pidfd, pid, -1
+    def _take_worker(self, process: Process) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        if self._statm >= 0:
+            os.close(self._statm)
+        self._worker, self._statm = process, -1
         try:
-            self._statm = os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+            self._statm = os.open(f"/proc/{process.pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             pass  # it died already
 
     def _peak(self) -> control.Message:
         """Peak memory of the worker, as the kernel counts it."""
         try:
-            with open(f"/proc/{self._worker_pid}/status") as file:
+            pid = 0 if self._worker is None else self._worker.pid
+            with open(f"/proc/{pid}/status") as file:
                 sizes = {line.partition(":")[0]: line.split() for line in file}
             return {"op": "measured", "peak_kb": int(sizes["VmHWM"][1])}
         except (OSError, KeyError, ValueError):
@@ -168,10 +185,23 @@ def _run_relay(
         Relay(data, supervisor_socket, outputs, limit).run()
     except StreamFailed:
         pass  # the end of the host is the end of the session
-    except OSError as exc:
-        os.write(2, f"the relay failed: {exc}\n".encode())
+    except Exception as exc:  # noqa: BLE001 - whatever it is, an operator should read it
+        os.write(2, f"the relay failed: {type(exc).__name__}: {exc}\n".encode())
     finally:
         os._exit(0)
+
+
+def _is_plain(permitted: bool) -> bool:
+    """Whether to do without seccomp notifications and pidfds: where the host permits it, and the kernel has neither."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        lacking = True
+    else:
+        lacking = not raw.seccomp_notifications()
+    if lacking and not permitted:
+        raise OSError(errno.ENOSYS, "the kernel has no pidfds or no seccomp notifications; if this is gVisor, name its runtime")
+    return lacking
 
 
 def main() -> int:
@@ -180,6 +210,9 @@ def main() -> int:
     for name in PRELOADED:
         importlib.import_module(name)
     settings = _settings()
+    plain = _is_plain(bool(settings.get("plain")))
+    if plain:
+        raw.limit_malloc_arenas(1)  # an arena reserves 64 MB of what bounds memory here
     worker.prepare()
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     base_data, base_address_space = own_sizes(proc)
@@ -198,7 +231,14 @@ def main() -> int:
     reports, reports_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     out_read, out_write = os.pipe()
     err_read, err_write = os.pipe()
-    if os.fork() == 0:
+    relay = os.fork()
+    if relay == 0:
         _run_relay(data, reports, {STDOUT: out_read, STDERR: err_read}, plan)
     fds = [data_theirs.detach(), reports_theirs.detach(), out_write, err_write]
-    supervisor.main(lambda: confine_in_container(plan), set(), fds, settings["seconds"])
+    if not plain:
+        supervisor.main(lambda: confine_in_container(plan), set(), fds, settings["seconds"])
+
+    def make(host: socket.socket, seconds: float | None) -> PlainSupervisor:
+        return PlainSupervisor(host, seconds, frozenset({relay}))
+
+    supervisor.main(lambda: confine_in_plain_container(plan), set(), fds, settings["seconds"], make)

@@ -29,8 +29,9 @@ from ..confine import _syscalls_unsafe as raw
 from ..confine.seccomp import NUMBERS
 from ..confine.steps import InputUnreadable, confine_worker, seal_worker
 from . import control, worker
+from .processes import ByPidfd, Process
 
-__all__ = ("main",)
+__all__ = ("CANNOT", "HELLO", "LISTENER", "Supervisor", "main")
 
 #: A worker whose standby has not said hello by then has been tampered with: it is killed, and the older standby, of
 #: the state before the cell that did it, is what is left.
@@ -66,13 +67,10 @@ class Supervisor:
         self._session_until = None if seconds is None else time.monotonic() + seconds
         self._birth: socket.socket | None = None
         self._listener = -1
-        self._worker = 0
-        self._worker_pidfd = -1
+        self._worker: Process | None = None
         self._death: dict[str, Any] = {}
-        self._standby = 0
-        self._standby_pidfd = -1
-        self._newborn = 0
-        self._newborn_pidfd = -1
+        self._standby: Process | None = None
+        self._newborn: Process | None = None
         self._ticket_until = 0.0
         self._ticket_used = False
 
@@ -89,19 +87,32 @@ class Supervisor:
             finally:
                 os._exit(1)
         theirs.close()
-        self._birth, self._worker, self._worker_pidfd = mine, pid, os.pidfd_open(pid)
+        self._birth, self._worker = mine, self._process(pid)
         try:
             os.setpgid(pid, pid)
         except OSError:
             pass  # the child did it first
         mine.settimeout(_START_SECONDS)
+        self._take_confined(mine)
+        mine.setblocking(False)
+
+    def report_ready(self) -> None:
+        """Tell the host that the first worker is there, with handles to it and to us, where the kernel has such."""
+        assert self._worker is not None
+        ready = {"op": "ready", "worker": self._worker.pid}
+        control.send(self._host, ready, _descriptors(self._process(os.getpid()), self._worker))
+
+    def _process(self, pid: int) -> Process:
+        return ByPidfd(pid)
+
+    def _take_confined(self, mine: socket.socket) -> None:
+        """A new worker's word that it is confined, with its notifier. Raises OSError if it is not."""
         space = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4)
         text, ancillary, _flags, _ = mine.recvmsg(16, space, socket.MSG_CMSG_CLOEXEC)
         rights = [data for level, kind, data in ancillary if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)]
         if text != LISTENER or len(rights) != 1:
             raise OSError(errno.EPROTO, "the worker did not confine itself")
         (self._listener,) = struct.unpack("=i", rights[0])
-        mine.setblocking(False)
 
     def _become_worker(self, mine: socket.socket, birth: socket.socket, data_fd: int, generation: int) -> NoReturn:
         os.setpgid(0, 0)
@@ -110,47 +121,48 @@ class Supervisor:
         mine.close()
         self._host.close()
         raw.close_all_except({0, 1, 2, birth.fileno(), data_fd})
+        self._confine_worker(birth)
+        worker.main(data_fd, birth, generation, self._fork)
+
+    _fork: Callable[[socket.socket], int] | None = None
+    """How a worker forks its standby, where that is not `os.fork`."""
+
+    def _confine_worker(self, birth: socket.socket) -> None:
+        """In the new worker: its last steps before it serves."""
         listener = confine_worker()
         birth.sendmsg([LISTENER], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", listener))])
         os.close(listener)
         seal_worker()
-        worker.main(data_fd, birth, generation)
 
     def _bury_worker(self) -> None:
         """Kill the worker's whole group, and its child that has left the group, and keep what the kernel says of it."""
         self._drop_newborn()
         if not self._worker:
             return
-        try:
-            os.killpg(self._worker, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        _, status, usage = os.wait4(self._worker, 0)
+        self._kill_worker(self._worker)
+        _, status, usage = os.wait4(self._worker.pid, 0)
         self._death = {"status": status, "cpu": usage.ru_utime + usage.ru_stime, "maxrss_kb": usage.ru_maxrss}
-        os.close(self._worker_pidfd)
-        self._worker, self._worker_pidfd = 0, -1
+        self._worker.close()
+        self._worker = None
         self._ticket_until = 0.0
 
-    def _drop_standby(self) -> None:
-        if not self._standby:
-            return
+    def _kill_worker(self, process: Process) -> None:
+        """Kill a worker and all its children."""
         try:
-            raw.pidfd_send_signal(self._standby_pidfd, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        os.close(self._standby_pidfd)
-        self._standby, self._standby_pidfd = 0, -1
+
+    def _drop_standby(self) -> None:
+        if self._standby:
+            _kill(self._standby)
+            self._standby = None
 
     def _drop_newborn(self) -> None:
         """Kill a child that left the worker's group and did not become the standby: no group sweep would find it."""
-        if not self._newborn:
-            return
-        try:
-            raw.pidfd_send_signal(self._newborn_pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        os.close(self._newborn_pidfd)
-        self._newborn, self._newborn_pidfd = 0, -1
+        if self._newborn:
+            _kill(self._newborn)
+            self._newborn = None
 
     def _reap_orphans(self) -> None:
         """Collect zombies that fell to us as pid 1: standbys of workers that are gone."""
@@ -159,7 +171,7 @@ class Supervisor:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if found is None or found.si_pid in (self._worker, self._standby):
+            if found is None or found.si_pid in [process.pid for process in (self._worker, self._standby) if process]:
                 return
             os.waitpid(found.si_pid, 0)
 
@@ -176,31 +188,34 @@ class Supervisor:
             self._drop_standby()
             if self._birth is not None:
                 self._birth.close()
-                os.close(self._listener)
+                if self._listener >= 0:
+                    os.close(self._listener)
             self.start_worker(data_fd, generation)
         self._reap_orphans()
-        control.send(self._host, {"op": "recovered", "state": state, "worker": self._worker, **self._death}, (self._worker_pidfd,))
+        assert self._worker is not None
+        message = {"op": "recovered", "state": state, "worker": self._worker.pid, **self._death}
+        control.send(self._host, message, _descriptors(self._worker))
 
     def grow_address_space(self, size: int) -> None:
         """Make room for a mapped context. Only the soft limit moves; seccomp keeps the worker from doing it."""
-        for pid in (self._worker, self._standby):
-            if pid:
-                soft, hard = resource.prlimit(pid, resource.RLIMIT_AS)
+        for process in (self._worker, self._standby):
+            if process:
+                soft, hard = resource.prlimit(process.pid, resource.RLIMIT_AS)
                 if soft != resource.RLIM_INFINITY:
-                    resource.prlimit(pid, resource.RLIMIT_AS, (soft + size, hard))
+                    resource.prlimit(process.pid, resource.RLIMIT_AS, (soft + size, hard))
         control.send(self._host, {"op": "grown"})
 
     def _wake_standby(self, data_fd: int) -> bool:
         """Make the standby the worker: it gets the new data channel, and says hello on it to the host."""
         assert self._birth is not None
+        assert self._standby is not None
         self._drain_birth()
         try:
-            raw.pidfd_send_signal(self._standby_pidfd, signal.SIGCONT)
+            self._standby.signal(signal.SIGCONT)
             self._birth.sendmsg([HELLO], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", data_fd))])
         except OSError:
             return False
-        self._worker, self._worker_pidfd = self._standby, self._standby_pidfd
-        self._standby, self._standby_pidfd = 0, -1
+        self._worker, self._standby = self._standby, None
         return True
 
     def open_ticket(self) -> None:
@@ -242,23 +257,28 @@ class Supervisor:
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS) and len(data) == _CREDENTIALS.size:
                 sender = _CREDENTIALS.unpack(data)[0]
-        if sender == self._worker and text == CANNOT and not self._ticket_used:
+        self._on_birth_word(sender, text)
+
+    def _on_birth_word(self, sender: int, text: bytes) -> None:
+        """``text`` of the process ``sender``, as the kernel tells, while a ticket is open."""
+        assert self._worker is not None
+        if sender == self._worker.pid and text == CANNOT and not self._ticket_used:
             # The kernel refused the fork (memory, tasks). The old standby is of an older state: it goes.
             self._ticket_until = 0.0
             self._drop_standby()
-            raw.pidfd_send_signal(self._worker_pidfd, signal.SIGSTOP)
+            self._worker.signal(signal.SIGSTOP)
             control.send(self._host, {"op": "unprotected"})
-        elif sender == self._newborn != 0 and text == HELLO:
-            self._accept_standby()
+        elif self._newborn and sender == self._newborn.pid and text == HELLO:
+            self._accept_standby(self._newborn)
 
-    def _accept_standby(self) -> None:
+    def _accept_standby(self, newborn: Process) -> None:
         """The newborn, which is in a group of its own, is the standby from now on."""
-        raw.pidfd_send_signal(self._newborn_pidfd, signal.SIGSTOP)
+        assert self._worker is not None
+        newborn.signal(signal.SIGSTOP)
         self._drop_standby()
-        self._standby, self._standby_pidfd = self._newborn, self._newborn_pidfd
-        self._newborn, self._newborn_pidfd = 0, -1
+        self._standby, self._newborn = newborn, None
         self._ticket_until = 0.0
-        raw.pidfd_send_signal(self._worker_pidfd, signal.SIGSTOP)
+        self._worker.signal(signal.SIGSTOP)
         control.send(self._host, {"op": "protected"})
 
     def on_notification(self) -> None:
@@ -282,26 +302,27 @@ class Supervisor:
             pass  # the caller is gone
 
     def _allows(self, name: str, caller: int, args: list[int]) -> bool:
+        worker = self._worker.pid if self._worker else 0
         if name in ("clone", "fork"):
-            if not self._ticket_until or self._ticket_used or caller != self._worker:
+            if not self._ticket_until or self._ticket_used or caller != worker:
                 return False
             self._ticket_used = True
             return True
         if name == "setpgid":
             # Only the new standby, leaving the worker's group so that killing that group spares it. From here on it is known.
             expected = self._ticket_until and self._ticket_used and not self._newborn
-            return bool(expected) and caller not in (self._worker, self._standby) and args[:2] == [0, 0] and self._adopt(caller)
+            known = (worker, self._standby.pid if self._standby else 0)
+            return bool(expected) and caller not in known and args[:2] == [0, 0] and self._adopt(caller)
         if name in ("kill", "tgkill"):
-            return args[0] & 0xFFFFFFFF == self._worker
+            return args[0] & 0xFFFFFFFF == worker
         return False
 
     def _adopt(self, caller: int) -> bool:
         """Remember the worker's new child. False for a thread that does not lead its process, and for a thread of the worker."""
         try:
-            pidfd = os.pidfd_open(caller)
+            self._newborn = self._process(caller)
         except OSError:
             return False
-        self._newborn, self._newborn_pidfd = caller, pidfd
         return True
 
     def serve(self) -> None:
@@ -311,11 +332,7 @@ class Supervisor:
                 self._fail_ticket("no standby within its time")
             poll = select.poll()
             poll.register(self._host, select.POLLIN)
-            if self._worker:
-                poll.register(self._worker_pidfd, select.POLLIN)
-                poll.register(self._listener, select.POLLIN)
-            if self._standby:
-                poll.register(self._standby_pidfd, select.POLLIN)
+            self._register_processes(poll)
             if self._ticket_until and self._birth is not None:
                 poll.register(self._birth, select.POLLIN)
             deadlines = [until for until in (self._ticket_until, self._session_until) if until]
@@ -332,15 +349,25 @@ class Supervisor:
                 continue
             if self._ticket_until and self._birth is not None and self._birth.fileno() in ready:
                 self.on_birth()
-            if self._worker and self._worker_pidfd in ready:
+            if self._worker and self._worker_ended(self._worker, ready):
                 self._bury_worker()
                 control.send(self._host, {"op": "died", **self._death})
                 continue
-            if self._standby and self._standby_pidfd in ready:
+            if self._standby and self._standby.fd in ready:
                 self._drop_standby()  # the kernel killed it (memory)
                 control.send(self._host, {"op": "standby_died"})
             if self._worker and self._listener in ready:
                 self.on_notification()
+
+    def _register_processes(self, poll: select.poll) -> None:
+        if self._worker:
+            poll.register(self._worker.fd, select.POLLIN)
+            poll.register(self._listener, select.POLLIN)
+        if self._standby:
+            poll.register(self._standby.fd, select.POLLIN)
+
+    def _worker_ended(self, process: Process, ready: set[int]) -> bool:
+        return process.fd in ready
 
     def on_order(self) -> bool:
         """One message of the host. False when the session is over."""
@@ -357,6 +384,8 @@ class Supervisor:
                 self.grow_address_space(int(message["bytes"]))
             elif message["op"] == "clock":
                 self._session_until = None if message["seconds"] is None else time.monotonic() + float(message["seconds"])
+            elif message["op"] == "stopped":
+                self.on_stopped()
             else:
                 return False
         finally:
@@ -365,11 +394,33 @@ class Supervisor:
         return True
 
 
-def main(confine: Callable[[], None], keep: set[int], fds: list[int], seconds: float | None) -> NoReturn:
+    def on_stopped(self) -> None:
+        """The worker has been stopped between turns."""
+
+
+def _kill(process: Process) -> None:
+    try:
+        process.signal(signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.close()
+
+
+def _descriptors(*processes: Process) -> tuple[int, ...]:
+    return tuple(process.fd for process in processes if process.fd >= 0)
+
+
+def main(
+    confine: Callable[[], None],
+    keep: set[int],
+    fds: list[int],
+    seconds: float | None,
+    make: Callable[[socket.socket, float | None], Supervisor] = Supervisor,
+) -> NoReturn:
     """Be the supervisor of one session, for at most ``seconds``.
 
     ``confine``: this technique's steps; ``keep``: descriptors they need. ``fds``: the worker's data channel, our control
-    socket, stdout and stderr pipes.
+    socket, stdout and stderr pipes. ``make``: the kind of supervisor, by what the kernel offers.
     """
     status = 1
     data_fd, control_fd, out_fd, err_fd = fds
@@ -383,11 +434,10 @@ def main(confine: Callable[[], None], keep: set[int], fds: list[int], seconds: f
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, _interrupt_blocking_call)
         confine()
-        supervisor = Supervisor(host, seconds)
+        supervisor = make(host, seconds)
         supervisor.start_worker(data_fd, 1)
         os.close(data_fd)
-        ready = {"op": "ready", "worker": supervisor._worker}
-        control.send(host, ready, (os.pidfd_open(os.getpid()), supervisor._worker_pidfd))
+        supervisor.report_ready()
     except (OSError, ValueError) as exc:  # setrlimit raises ValueError where the kernel refuses a limit
         text, number = (exc.strerror, exc.errno) if isinstance(exc, OSError) else (None, None)
         failure = {"op": "failed", "error": f"{text or exc}"[:500], "errno": number or 0}

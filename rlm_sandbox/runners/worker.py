@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from threading import get_ident
 from types import FrameType
@@ -144,9 +145,17 @@ class _SocketTransport:
 
 
 class _Worker:
-    def __init__(self, data_fd: int, birth: socket.socket, generation: int, outputs: tuple[CellOutput, ...]) -> None:
+    def __init__(
+        self,
+        data_fd: int,
+        birth: socket.socket,
+        generation: int,
+        outputs: tuple[CellOutput, ...],
+        fork: Callable[[socket.socket], int] | None,
+    ) -> None:
         self._outputs = outputs
         self._birth = birth
+        self._fork = fork
         self._generation = generation
         self._transport = _SocketTransport(data_fd)
         self._session = GuestSession(self._transport, self._set_interruptible, self._map_text)
@@ -186,7 +195,7 @@ class _Worker:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # threads of cells do not survive into the standby, and that is documented
-                pid = _fork()
+                pid = _fork() if self._fork is None else self._fork(self._birth)
         except (OSError, MemoryError):
             # Not waiting: outside a ticket nobody reads, and a thread of the cell may have filled the socket.
             with suppress(BlockingIOError):
@@ -200,14 +209,18 @@ class _Worker:
         _setpgid(0, 0)
         self._session.after_fork()
         self._birth.send(HELLO)
-        _, ancillary, _, _ = self._birth.recvmsg(16, socket.CMSG_SPACE(4), _CLOEXEC)
-        (data_fd,) = [
-            struct.unpack("=i", raw[:4])[0]
-            for level, kind, raw in ancillary
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-        ]
+        data_fds: list[int] = []
+        while not data_fds:  # what was meant for the worker before us brings no descriptor
+            text, ancillary, _, _ = self._birth.recvmsg(16, socket.CMSG_SPACE(4), _CLOEXEC)
+            if not text:
+                os._exit(0)
+            data_fds = [
+                struct.unpack("=i", raw[:4])[0]
+                for level, kind, raw in ancillary
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            ]
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        self._transport.replace(data_fd)
+        self._transport.replace(data_fds[0])
         self._hello()
 
     def _rehearse(self) -> None:
@@ -254,8 +267,8 @@ def prepare() -> None:
     MAPPED = status == 0
 
 
-def main(data_fd: int, birth: socket.socket, generation: int) -> NoReturn:
-    """Be the worker of a session."""
+def main(data_fd: int, birth: socket.socket, generation: int, fork: Callable[[socket.socket], int] | None = None) -> NoReturn:
+    """Be the worker of a session. ``fork``: how it makes its standby, where that is not `os.fork`."""
     threading.stack_size(_THREAD_STACK)
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     outputs = (CellOutput(io.FileIO(1, "w", closefd=False)), CellOutput(io.FileIO(2, "w", closefd=False)))
@@ -263,4 +276,4 @@ def main(data_fd: int, birth: socket.socket, generation: int) -> NoReturn:
     sys.__stdout__, sys.__stderr__ = outputs  # type: ignore[misc]
     sys.argv = [""]
     os.environ.clear()
-    _Worker(data_fd, birth, generation, outputs).serve()
+    _Worker(data_fd, birth, generation, outputs, fork).serve()

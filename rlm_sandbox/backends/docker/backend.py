@@ -62,7 +62,7 @@ class DockerBackend:
             recovery="standby" if config.recovery else "none",
             context_route="mapped",
             guest_threads=True,
-            host_memory_worst_mb=memory_mb(config.limits, recovery=config.recovery),
+            host_memory_worst_mb=memory_mb(config.limits, recovery=config.recovery, runtime=options.runtime),
             notes=(
                 "The REPL is a full CPython with the standard library; there is no network, and no process can be started.",
                 "Files can be written below /tmp.",

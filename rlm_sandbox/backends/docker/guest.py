@@ -73,6 +73,7 @@ class DockerGuest:
                     "op": "settings",
                     "memory_mb": limits.memory_mb,
                     "disk_mb": limits.disk_mb,
+                    "plain": options.runtime is not None,
                     "seconds": None if limits.session_seconds is None else limits.session_seconds + _SESSION_SLACK_SECONDS,
                 }
             )
