@@ -23,7 +23,7 @@ from rlm_sandbox import (
     open_repl,
 )
 from rlm_sandbox.limits import PER_CELL, PER_SESSION
-from rlm_sandbox.options import BackendOptions
+from rlm_sandbox.options import BackendOptions, DockerOptions
 from rlm_sandbox.registry import Availability, SessionConfig, load_backend
 
 REQUIRE = "RLM_SANDBOX_REQUIRE"
@@ -52,9 +52,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests of the contract on this backend only; may be repeated (default: every backend of the registry, and "
         "restricted-process and restricted-plain)",
     )
+    parser.addoption(
+        "--docker-runtime",
+        metavar="NAME",
+        help="what DockerOptions(runtime=...) is where a test does not say: runsc runs every test of docker on gVisor",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--docker-runtime"):
+        # The tests of the contract open sessions by name alone, so the default itself is another one in such a run.
+        defaults = DockerOptions.__init__.__kwdefaults__
+        assert defaults is not None
+        assert "runtime" in defaults
+        defaults["runtime"] = config.getoption("--docker-runtime")
     config.addinivalue_line(
         "markers",
         "needs(*features): the test passes on a backend that declares every feature and must fail on one that does not",

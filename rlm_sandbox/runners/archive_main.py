@@ -20,7 +20,7 @@ def main() -> int:
         return int(inputs.main(*map(int, numbers)))
     if program == "container":
         container = importlib.import_module("rlm_guest.runners.container")
-        return int(container.main())
+        container.main()
     if program == "plain":
         plain = importlib.import_module("rlm_guest.runners.plain_child")
         return int(plain.main(*map(int, numbers)))

@@ -174,15 +174,19 @@ def _read_exactly(size: int) -> bytes:
     return data
 
 
-def _run_relay(
-    data: socket.socket, supervisor_socket: socket.socket, outputs: dict[int, int], plan: SessionConfinement
-) -> NoReturn:
+def _run_relay(data: socket.socket, supervisor_socket: socket.socket, outputs: dict[int, int], base_data: int) -> NoReturn:
     try:
         raw.close_all_except({0, 1, 2, data.fileno(), supervisor_socket.fileno(), *outputs.values()})
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         confine_relay()
-        limit = None if plan.memory_mb is None else plan.base_data // 1024 + plan.memory_mb * 1024
-        Relay(data, supervisor_socket, outputs, limit).run()
+        settings = _settings()
+        key = bytes.fromhex(settings.pop("key", ""))  # the supervisor, of whom the worker is a copy, never has it
+        control.send(supervisor_socket, settings)
+        memory_mb = settings["memory_mb"]
+        limit = None if memory_mb is None else base_data // 1024 + memory_mb * 1024
+        relay = Relay(data, supervisor_socket, outputs, limit)
+        relay.authenticate(key)
+        relay.run()
     except StreamFailed:
         pass  # the end of the host is the end of the session
     except Exception as exc:  # noqa: BLE001 - whatever it is, an operator should read it
@@ -204,27 +208,15 @@ def _is_plain(permitted: bool) -> bool:
     return lacking
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Be the session: does not return before it is over."""
     raw.limit_malloc_arenas(ARENAS)
     for name in PRELOADED:
         importlib.import_module(name)
-    settings = _settings()
-    plain = _is_plain(bool(settings.get("plain")))
-    if plain:
-        raw.limit_malloc_arenas(1)  # an arena reserves 64 MB of what bounds memory here
     worker.prepare()
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     base_data, base_address_space = own_sizes(proc)
     os.close(proc)
-    plan = SessionConfinement(
-        kernel_id=None,
-        memory_mb=settings["memory_mb"],
-        disk_mb=settings["disk_mb"],
-        tasks=None,  # RLIMIT_NPROC counts a uid over all containers: the engine's pids limit does it
-        base_data=base_data,
-        base_address_space=base_address_space,
-    )
     gc.collect()
     gc.freeze()
     data, data_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -233,10 +225,24 @@ def main() -> int:
     err_read, err_write = os.pipe()
     relay = os.fork()
     if relay == 0:
-        _run_relay(data, reports, {STDOUT: out_read, STDERR: err_read}, plan)
+        _run_relay(data, reports, {STDOUT: out_read, STDERR: err_read}, base_data)
+    reports.close()
+    got = control.receive(reports_theirs)
+    if got is None:
+        raise SystemExit(1)  # the host went away before it said what this session may use
+    settings, _ = got
+    plan = SessionConfinement(
+        kernel_id=None,
+        memory_mb=settings["memory_mb"],
+        disk_mb=settings["disk_mb"],
+        tasks=None,  # RLIMIT_NPROC counts a uid over all containers: the engine's pids limit does it
+        base_data=base_data,
+        base_address_space=base_address_space,
+    )
     fds = [data_theirs.detach(), reports_theirs.detach(), out_write, err_write]
-    if not plain:
+    if not _is_plain(bool(settings["plain"])):
         supervisor.main(lambda: confine_in_container(plan), set(), fds, settings["seconds"])
+    raw.limit_malloc_arenas(1)  # an arena reserves 64 MB of what bounds memory here
 
     def make(host: socket.socket, seconds: float | None) -> PlainSupervisor:
         return PlainSupervisor(host, seconds, frozenset({relay}))

@@ -8,6 +8,8 @@ stream between the two.
   neither of its ends, so nobody has to find his way back into step after a worker's death.
 - Windows: at most `WINDOW` bytes of a channel are on their way unacknowledged, so a peer that does not read one channel
   never holds up another, and neither end buffers without bound.
+- Authentic, where ``authenticate`` was called: a worker on gVisor can open the relay's standard streams by /proc. What it
+  writes there is no better than what it may send anyway, but messages, measurements and file names carry a keyed digest.
 - Order: what a worker printed before it sent bytes or died is delivered before them.
 - The tag of the data channel is the worker's generation, so what a dead worker wrote reaches nobody. The tag of the output
   channels is the turn, so what was printed between turns counts for no later one.
@@ -16,6 +18,8 @@ stream between the two.
 from __future__ import annotations
 
 import collections
+import hashlib
+import hmac
 import os
 import select
 import socket
@@ -45,6 +49,7 @@ _CHUNK: Final = 1 << 16
 _ACK_AT: Final = WINDOW // 4
 #: Kinds that are handled whole, with the length they may have.
 _WHOLE: Final = {MESSAGE: control.MAX_MESSAGE, FILE: 64, VITALS: _VITALS.size}
+_DIGEST: Final = 16
 #: Reads of one pipe before something that was sent after it goes on; a pipe holds 64 KiB.
 _DRAIN_READS: Final = 4
 
@@ -104,6 +109,8 @@ class Multiplexer:
         self._kind = self._channel = self._tag = 0
         self._assembled = bytearray()
         self._files: tuple[int, ...] = ()
+        self._key = b""
+        self._signed = self._verified = 0
         self._poll = select.poll()
         self._masks: dict[int, int] = {}
         data.setblocking(False)
@@ -191,9 +198,20 @@ class Multiplexer:
         if self._masks.pop(fd, 0):
             self._poll.unregister(fd)
 
+    def authenticate(self, key: bytes) -> None:
+        """From now on, in both directions: what is not bytes or acknowledgements carries a digest with this key."""
+        self._key = key
+
+    def _digest(self, direction: bool, number: int, kind: int, payload: bytes) -> bytes:
+        head = struct.pack("<?QB", direction, number, kind)
+        return hashlib.blake2s(head + payload, digest_size=_DIGEST, key=self._key).digest()
+
     # ---- to the stream
 
     def _send(self, kind: int, channel: int, tag: int, payload: bytes, length: int | None = None) -> None:
+        if self._key and kind in _WHOLE:
+            payload = self._digest(self._reads_outputs, self._signed, kind, payload) + payload
+            self._signed += 1
         self._outbox.append(memoryview(HEADER.pack(kind, channel, tag, len(payload) if length is None else length) + payload))
         if len(self._outbox) == 1:
             self._flush_stream()
@@ -342,10 +360,15 @@ class Multiplexer:
                 raise StreamFailed("a channel is unknown, or its frame too long")
             if not length:
                 self._deliver(b"")
-        elif not 0 < length <= _WHOLE.get(kind, 0):
+        elif kind not in _WHOLE or not 0 < length <= _WHOLE[kind] + _DIGEST:
             raise StreamFailed("a frame is malformed")
 
     def _whole(self, payload: bytes) -> None:
+        if self._key:
+            digest, payload = payload[:_DIGEST], payload[_DIGEST:]
+            if not hmac.compare_digest(digest, self._digest(not self._reads_outputs, self._verified, self._kind, payload)):
+                raise StreamFailed("a message is forged")
+            self._verified += 1
         if self._kind == MESSAGE:
             try:
                 message = control.load(payload)

@@ -46,10 +46,11 @@ class PlainSupervisor(Supervisor):
         super().__init__(host, seconds)
         self._spared = spared | {os.getpid()}
         self._secret = int.from_bytes(os.urandom(_SECRET_BYTES), "big")
-        self._child_ended, wake = os.pipe()
-        for fd in (self._child_ended, wake):
-            os.set_blocking(fd, False)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        # Not a pipe: a worker could open that by /proc, and take the bytes.
+        self._child_ended, self._wake = socket.socketpair()
+        for end in (self._child_ended, self._wake):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _on_child)
 
     _fork = staticmethod(fork_standby)
@@ -122,10 +123,10 @@ class PlainSupervisor(Supervisor):
         poll.register(self._child_ended, select.POLLIN)
 
     def _worker_ended(self, process: Process, ready: set[int]) -> bool:
-        if self._child_ended not in ready:
+        if self._child_ended.fileno() not in ready:
             return False
         try:
-            os.read(self._child_ended, 4096)
+            self._child_ended.recv(4096)
         except BlockingIOError:
             pass
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None

@@ -393,7 +393,6 @@ class Supervisor:
                 os.close(fd)
         return True
 
-
     def on_stopped(self) -> None:
         """The worker has been stopped between turns."""
 

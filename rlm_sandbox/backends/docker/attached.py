@@ -148,6 +148,8 @@ class HostEnd(Multiplexer):
         for fd in fds:
             self.set_generation(socket.socket(fileno=fd), int(message["generation"]))
         self.send_message(message)
+        if op == "settings":
+            self.authenticate(bytes.fromhex(message["key"]))
 
     def on_remote(self, message: control.Message) -> None:
         """A report of the supervisor or the relay, for the session."""

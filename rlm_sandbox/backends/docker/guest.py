@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import socket
 import time
@@ -27,6 +28,7 @@ __all__ = ("DockerGuest",)
 #: The host ends a session at ``session_seconds``; a supervisor whose host did not come back for it ends itself.
 _SESSION_SLACK_SECONDS: Final = 5.0
 _START_SECONDS: Final = 30.0
+_KEY_BYTES: Final = 32
 _ANSWER_SECONDS: Final = 10.0
 _RECOVER_SECONDS: Final = 5.0
 #: During host calls the worker's clock is asked for at most this often; the answer counts at the next look.
@@ -71,6 +73,8 @@ class DockerGuest:
             self._order(
                 {
                     "op": "settings",
+                    # A named runtime may be gVisor, where a worker can open the relay's streams.
+                    "key": "" if options.runtime is None else secrets.token_hex(_KEY_BYTES),
                     "memory_mb": limits.memory_mb,
                     "disk_mb": limits.disk_mb,
                     "plain": options.runtime is not None,
