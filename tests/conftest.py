@@ -32,6 +32,7 @@ TIMEOUT_SECONDS = 60
 #: Options of a backend under which it is another thing, and passes the tests of the contract once more.
 VARIANTS: dict[str, tuple[str, BackendOptions | None]] = {
     **{name: (name, None) for name in backend_names()},
+    "docker-runsc": ("docker", DockerOptions(runtime="runsc")),
     "restricted-process": ("restricted", RestrictedOptions(process=True)),
     "restricted-plain": ("restricted", RestrictedOptions(process="plain")),
 }
@@ -50,22 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="NAME",
         help="run the tests of the contract on this backend only; may be repeated (default: every backend of the registry, and "
-        "restricted-process and restricted-plain)",
-    )
-    parser.addoption(
-        "--docker-runtime",
-        metavar="NAME",
-        help="what DockerOptions(runtime=...) is where a test does not say: runsc runs every test of docker on gVisor",
+        "docker-runsc (gVisor), restricted-process and restricted-plain)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--docker-runtime"):
-        # The tests of the contract open sessions by name alone, so the default itself is another one in such a run.
-        defaults = DockerOptions.__init__.__kwdefaults__
-        assert defaults is not None
-        assert "runtime" in defaults
-        defaults["runtime"] = config.getoption("--docker-runtime")
     config.addinivalue_line(
         "markers",
         "needs(*features): the test passes on a backend that declares every feature and must fail on one that does not",

@@ -13,18 +13,26 @@ from ..results import Stream
 __all__ = ("Death", "Guest", "GuestLost", "Recovery", "Report")
 
 
-class GuestLost(Exception):
-    """The guest cannot be recovered or reached any more; the session is over or must be rebuilt."""
-
-
 @dataclass(frozen=True, slots=True)
 class Death:
-    """How a worker ended, as the kernel told. ``status`` is a wait status; times in seconds, memory in MiB."""
+    """How a worker ended, as the kernel told. ``status`` is a wait status; times in seconds, memory in MiB.
+
+    ``out_of_memory``: the kernel killed it because its group had used up its memory.
+    """
 
     status: int | None = None
     cpu_seconds: float | None = None
     peak_memory_mb: float | None = None
     why: str = ""
+    out_of_memory: bool = False
+
+
+class GuestLost(Exception):
+    """The guest cannot be recovered or reached any more; the session is over or must be rebuilt."""
+
+    def __init__(self, reason: str, death: Death = Death()) -> None:
+        super().__init__(reason)
+        self.death = death
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,7 @@ class Turn(Exchange):
             except WireError as exc:
                 end = TurnEnd("violation", detail=str(exc))
             except GuestLost as exc:
-                end = TurnEnd("died", detail=str(exc))
+                end = TurnEnd("died", detail=str(exc), death=exc.death)
         return end
 
     def expect_hello(self, seconds: float) -> None:

@@ -21,7 +21,8 @@ def judge(end: TurnEnd, death: Death, peak_mb: float | None, limits: Limits) -> 
     """Outcome, error text and limit of a cell.
 
     A MemoryError or an oversized value is the guest's own word (``source="guest"``): without a cgroup the kernel only
-    refuses an allocation and tells nobody. Every other limit was measured by the host.
+    refuses an allocation and tells nobody. With one, it may kill and say so (``source="kernel"``). Every other limit was
+    measured by the host.
     """
     if end.hit is not None:
         kind = "TimeLimit" if "seconds" in end.hit.kind else "LimitExceeded"
@@ -34,6 +35,9 @@ def judge(end: TurnEnd, death: Death, peak_mb: float | None, limits: Limits) -> 
         return "limit", f"LimitExceeded: {end.failure[1]}", LimitHit("value_bytes", limits.value_bytes, None, "guest")
     if end.kind == "violation":
         return "violation", f"ProtocolViolation: the guest broke the protocol ({end.detail})", None
+    if end.kind == "died" and death.out_of_memory and limits.memory_mb is not None:
+        text = f"LimitExceeded: the kernel killed the guest for its memory (memory_mb={limits.memory_mb:,})"
+        return "limit", text, LimitHit("memory_mb", limits.memory_mb, death.peak_memory_mb, "kernel")
     if end.kind in ("died", "killed"):
         return "crashed", f"GuestCrashed: the guest {how_it_died(death)}", None
     if end.failure is None:
@@ -76,6 +80,8 @@ def how_it_died(death: Death) -> str:
     """How a worker ended, as the second half of a sentence."""
     if death.why:
         return f"was killed: {death.why}"
+    if death.out_of_memory:
+        return "was killed by the kernel for its memory"
     if death.status is None:
         return "died"
     if os.WIFSIGNALED(death.status):

@@ -1,4 +1,4 @@
-"""Entry point of the guest archive: ``python ARCHIVE launcher|zygote|inputs|container|plain ...``. Becomes its ``__main__.py``."""
+"""Entry point of the guest archive: ``python ARCHIVE launcher|zygote|inputs|container|check|plain``. Becomes its ``__main__.py``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ def main() -> int:
     if program == "plain":
         plain = importlib.import_module("rlm_guest.runners.plain_child")
         return int(plain.main(*map(int, numbers)))
+    if program == "check":
+        container = importlib.import_module("rlm_guest.runners.container")
+        return int(container.check())
     return 2
 
 

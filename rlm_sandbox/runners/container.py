@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import gc
 import importlib
+import json
 import os
 import resource
 import signal
 import socket
+import sys
 import time
 from typing import Final, NoReturn
 
@@ -26,10 +28,13 @@ from .preloaded import PRELOADED
 from .processes import ByPid, ByPidfd, Process
 from .zygote import ARENAS, own_sizes
 
-__all__ = ("CONTEXTS", "main")
+__all__ = ("CONTEXTS", "check", "main")
 
 #: Where the host hard-links the contexts of this session; a read-only mount.
 CONTEXTS: Final = "/ctx"
+#: Where the image has the packages of its variant, and which of them are loaded before the first session.
+PACKAGES: Final = "/usr/lib/rlm_packages"
+_VARIANT_PACKAGES: Final = ("numpy", "pandas")
 _CHUNK: Final = 1 << 16
 #: Linux makes a process's CPU clock id from its pid: ~pid << 3 | CPUCLOCK_SCHED.
 _CPUCLOCK_SCHED: Final = 2
@@ -37,6 +42,8 @@ _CPUCLOCK_SCHED: Final = 2
 _STATM_DATA: Final = 5
 _STATM_SIZE: Final = 0
 _PAGE_KB: Final = os.sysconf("SC_PAGE_SIZE") // 1024
+#: Where control groups of version 2 and 1 count what the kernel killed for the container's memory limit.
+_MEMORY_KILLS: Final = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 _SIGNALS: Final = {"wake": signal.SIGCONT, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}
 
 
@@ -155,6 +162,34 @@ class Relay(Multiplexer):
             return {"op": "measured"}
 
 
+class ContainerSupervisor(supervisor.Supervisor):
+    """In a container of its own the kernel counts what it has killed for the container's memory limit."""
+
+    def __init__(self, host: socket.socket, seconds: float | None) -> None:
+        super().__init__(host, seconds)
+        self._kills_file = -1
+        for path in _MEMORY_KILLS:
+            try:
+                self._kills_file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                continue
+            break
+        self._kills = self._memory_kills()
+
+    def _memory_kills(self) -> int:
+        if self._kills_file < 0:
+            return 0
+        try:
+            fields = os.pread(self._kills_file, 4096, 0).split()
+            return int(fields[fields.index(b"oom_kill") + 1])
+        except (OSError, ValueError, IndexError):
+            return 0
+
+    def _killed_for_memory(self) -> bool:
+        before, self._kills = self._kills, self._memory_kills()
+        return self._kills > before
+
+
 def _settings() -> control.Message:
     """The host's first frame: what this session may use."""
     header = _read_exactly(HEADER.size)
@@ -208,11 +243,36 @@ def _is_plain(permitted: bool) -> bool:
     return lacking
 
 
+def _preload() -> None:
+    """Import what sessions share, and the packages of the image's variant."""
+    names = list(PRELOADED)
+    if os.path.isdir(PACKAGES):
+        sys.path.append(PACKAGES)
+        names += [name for name in _VARIANT_PACKAGES if os.path.isdir(f"{PACKAGES}/{name}")]
+    for name in names:
+        importlib.import_module(name)
+
+
+def check() -> int:
+    """The image's self-check, for operators: says what a session would find here, and fails if it would not start."""
+    _preload()
+    worker.prepare()
+    plain = _is_plain(permitted=True)
+    found = {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "mapped_texts": worker.MAPPED,
+        "supervision": "by arguments alone (no seccomp notifications)" if plain else "by seccomp notifications",
+        "packages": [name for name in _VARIANT_PACKAGES if name in sys.modules],
+        "user": os.getuid(),
+    }
+    print(json.dumps(found))
+    return 0 if os.getuid() != 0 else 1
+
+
 def main() -> NoReturn:
     """Be the session: does not return before it is over."""
     raw.limit_malloc_arenas(ARENAS)
-    for name in PRELOADED:
-        importlib.import_module(name)
+    _preload()
     worker.prepare()
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     base_data, base_address_space = own_sizes(proc)
@@ -241,7 +301,7 @@ def main() -> NoReturn:
     )
     fds = [data_theirs.detach(), reports_theirs.detach(), out_write, err_write]
     if not _is_plain(bool(settings["plain"])):
-        supervisor.main(lambda: confine_in_container(plan), set(), fds, settings["seconds"])
+        supervisor.main(lambda: confine_in_container(plan), set(), fds, settings["seconds"], ContainerSupervisor)
     raw.limit_malloc_arenas(1)  # an arena reserves 64 MB of what bounds memory here
 
     def make(host: socket.socket, seconds: float | None) -> PlainSupervisor:

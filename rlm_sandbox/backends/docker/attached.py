@@ -14,6 +14,7 @@ from typing import Any, Final
 from ...runners import control
 from ...runners.multiplex import STDERR, STDOUT, Multiplexer, StreamFailed
 from .contexts import SessionDirectory
+from .volumes import ContextVolume
 
 __all__ = ("Attached", "HostEnd")
 
@@ -108,11 +109,11 @@ class HostEnd(Multiplexer):
         data: socket.socket,
         local: socket.socket,
         outputs: dict[int, int],
-        directory: SessionDirectory | None,
+        contexts: SessionDirectory | ContextVolume,
     ) -> None:
         super().__init__(attached, data, local, outputs, reads_outputs=False)
         self._attached = attached
-        self._directory = directory
+        self._contexts = contexts
         self.cpu_seconds: float | None = None
         self.headroom_mb: float | None = None
         self._thread = threading.Thread(target=self._serve, name="rlm-sandbox-docker", daemon=True)
@@ -161,10 +162,8 @@ class HostEnd(Multiplexer):
         self.headroom_mb = headroom_kb / 1024 if headroom_kb >= 0 else None
 
     def on_descriptor(self, fd: int) -> str:
-        """A context's file: it is linked to where the container sees it."""
+        """A context's file: its name where the container sees it."""
         try:
-            if self._directory is None:
-                raise StreamFailed("contexts cannot be mapped on this engine")
-            return self._directory.link(fd)
+            return self._contexts.link(fd)
         finally:
             os.close(fd)

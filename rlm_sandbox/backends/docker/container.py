@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from typing import Any, Final
 
@@ -9,11 +10,10 @@ from docker.types import LogConfig, Mount, Ulimit
 
 from ...limits import Limits
 from ...options import DockerOptions
-from ...runners.container import CONTEXTS
-from .engine import EXPIRY_LABEL, OWNER_LABEL, Engine, mapped_errors, own_name
+from .engine import EXPIRY_LABEL, OWNER_LABEL, RUN_LABEL, Engine, mapped_errors, own_name
 from .profile import seccomp_profile
 
-__all__ = ("OVERHEAD_MB", "create_container", "memory_mb")
+__all__ = ("OVERHEAD_MB", "WAIT_SECONDS", "container_settings", "create_container", "memory_mb")
 
 _USER: Final = "65534:65534"
 #: Copies of a heap at worst: the worker, its standby, and the next standby while it takes the other's place.
@@ -29,6 +29,8 @@ _RUNTIME_TASKS_EACH: Final = 2
 _RUNTIME_MB: Final = 128
 _INODES_PER_MB: Final = 256
 _DESCRIPTORS: Final = 1024
+#: How long a session may wait in a pool before its own time begins.
+WAIT_SECONDS: Final = 3_600
 _EXPIRY_SLACK_SECONDS: Final = 600
 
 
@@ -54,13 +56,8 @@ def _tmpfs(disk_mb: int | None) -> str:
     return f"{base},size={disk_mb}m,nr_inodes={disk_mb * _INODES_PER_MB}"
 
 
-def create_container(engine: Engine, options: DockerOptions, limits: Limits, *, recovery: bool, contexts: str | None) -> str:
-    """Create a session's container, not started. ``contexts``: a directory of the engine's machine, or None. Returns its id.
-
-    Raises:
-        BackendUnavailable: the engine refuses, or does not answer.
-    """
-    api = engine.api
+def container_settings(options: DockerOptions, limits: Limits, *, recovery: bool) -> dict[str, Any]:
+    """The hardening of a session's container, in the words of docker-py's ``create_host_config``."""
     memory = memory_mb(limits, recovery=recovery, runtime=options.runtime)
     settings: dict[str, Any] = {
         "network_mode": "none",
@@ -89,13 +86,21 @@ def create_container(engine: Engine, options: DockerOptions, limits: Limits, *, 
         settings["nano_cpus"] = int(options.cpus * 1e9)
     if options.runtime is not None:
         settings["runtime"] = options.runtime
-    if contexts is not None:
-        # As a mount and not as a bind: the engine then refuses a directory it does not have instead of making one.
-        settings["mounts"] = [Mount(target=CONTEXTS, source=contexts, type="bind", read_only=True)]
+    return settings
+
+
+def create_container(engine: Engine, options: DockerOptions, limits: Limits, *, recovery: bool, contexts: Mount) -> str:
+    """Create a session's container, not started. ``contexts``: where its contexts will appear. Returns its id.
+
+    Raises:
+        BackendUnavailable: the engine refuses, or does not answer.
+    """
+    api = engine.api
+    settings = container_settings(options, limits, recovery=recovery)
     seconds = limits.session_seconds
-    labels = {OWNER_LABEL: own_name()}
+    labels = {OWNER_LABEL: own_name(), RUN_LABEL: secrets.token_hex(8)}
     if seconds is not None:
-        labels[EXPIRY_LABEL] = str(int(time.time() + seconds) + _EXPIRY_SLACK_SECONDS)
+        labels[EXPIRY_LABEL] = str(int(time.time() + WAIT_SECONDS + seconds) + _EXPIRY_SLACK_SECONDS)
     with mapped_errors("creating a container"):
         made = api.create_container(
             options.image,
@@ -107,6 +112,6 @@ def create_container(engine: Engine, options: DockerOptions, limits: Limits, *, 
             labels=labels,
             network_disabled=True,
             healthcheck={"test": ["NONE"]},
-            host_config=api.create_host_config(**settings),
+            host_config=api.create_host_config(mounts=[contexts], **settings),
         )
     return str(made["Id"])

@@ -15,7 +15,10 @@ import weakref
 from pathlib import Path
 from typing import Final
 
+from docker.types import Mount
+
 from ...context import Context
+from ...runners.container import CONTEXTS
 from .engine import own_name, owner_is_alive
 
 __all__ = ("SessionDirectory", "stored_file", "sweep")
@@ -118,6 +121,18 @@ class SessionDirectory:
         finally:
             os.close(proc)
         return name
+
+    def mount(self) -> Mount:
+        """What the session's container gets. As a mount, not a bind: an engine without that directory then refuses it."""
+        return Mount(target=CONTEXTS, source=str(self.path), type="bind", read_only=True)
+
+    def open(self, context: Context) -> int:
+        """A descriptor of the context's file.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        return os.open(stored_file(context), os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
         """Take it away. Idempotent."""

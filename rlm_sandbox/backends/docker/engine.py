@@ -19,10 +19,21 @@ from ... import bundle
 from ...errors import BackendUnavailable
 from ...options import DockerOptions
 
-__all__ = ("EXPIRY_LABEL", "GUEST_LABEL", "OWNER_LABEL", "Engine", "engine_for", "mapped_errors", "owner_is_alive", "own_name")
+__all__ = (
+    "EXPIRY_LABEL",
+    "GUEST_LABEL",
+    "OWNER_LABEL",
+    "RUN_LABEL",
+    "Engine",
+    "engine_for",
+    "mapped_errors",
+    "owner_is_alive",
+    "own_name",
+)
 
 NAME: Final = "docker"
 OWNER_LABEL: Final = "org.rlm-sandbox.owner"
+RUN_LABEL: Final = "org.rlm-sandbox.run"
 EXPIRY_LABEL: Final = "org.rlm-sandbox.expiry"
 GUEST_LABEL: Final = "org.rlm-sandbox.guest"
 _TIMEOUT_SECONDS: Final = 30
@@ -116,9 +127,9 @@ class Engine:
                 )
 
     def prune(self) -> list[str]:
-        """Remove containers that nobody owns any more. Returns their names.
+        """Remove containers and volumes that nobody owns any more. Returns their names.
 
-        One of another machine counts as nobody's after its expiry only.
+        A container of another machine counts as nobody's after its expiry only.
 
         Raises:
             BackendUnavailable: the engine does not answer.
@@ -130,11 +141,35 @@ class Engine:
             labels = item.get("Labels") or {}
             alive = owner_is_alive(str(labels.get(OWNER_LABEL, "")))
             expiry = str(labels.get(EXPIRY_LABEL, ""))
-            expired = expiry.isdigit() and int(expiry) < time.time()
+            expired = alive is None and expiry.isdigit() and int(expiry) < time.time()
             if alive is False or expired:
                 self.remove(item["Id"])
                 removed.append(str((item.get("Names") or [item["Id"]])[0]).lstrip("/"))
+        with mapped_errors("listing volumes"):
+            volumes = self.api.volumes(filters={"label": OWNER_LABEL})["Volumes"] or []
+        for volume in volumes:
+            if owner_is_alive(str((volume.get("Labels") or {}).get(OWNER_LABEL, ""))) is False and self._remove_volume(
+                volume["Name"]
+            ):
+                removed.append(volume["Name"])
         return removed
+
+    def _remove_volume(self, name: str) -> bool:
+        try:
+            self.api.remove_volume(name)
+        except (docker.errors.DockerException, requests.exceptions.RequestException, OSError):
+            return False  # a container still uses it
+        return True
+
+    def ran_out_of_memory(self, container: str) -> bool:
+        """Whether the kernel killed something in this container for its memory limit. Asked of the engine's log of events,
+        since a container that has ended is removed at once. Never raises: then it is not known, and False."""
+        try:
+            now = self.api.info()["SystemTime"]
+            found = self.api.events(since=1, until=now, filters={"container": [container], "event": ["oom"]}, decode=True)
+            return any(True for _ in found)
+        except (docker.errors.DockerException, requests.exceptions.RequestException, OSError, KeyError):
+            return False
 
     def remove(self, container: str) -> None:
         """Kill and remove a container, if it is still there. Never raises: the sweep finds what is left."""

@@ -19,9 +19,10 @@ from ...results import Stream
 from ...runners import control
 from ...runners.multiplex import STDERR, STDOUT
 from .attached import Attached, HostEnd
-from .container import create_container
-from .contexts import SessionDirectory, stored_file
+from .container import WAIT_SECONDS, create_container
+from .contexts import SessionDirectory
 from .engine import Engine, mapped_errors
+from .volumes import volume_for
 
 __all__ = ("DockerGuest",)
 
@@ -30,7 +31,8 @@ _SESSION_SLACK_SECONDS: Final = 5.0
 _START_SECONDS: Final = 30.0
 _KEY_BYTES: Final = 32
 _ANSWER_SECONDS: Final = 10.0
-_RECOVER_SECONDS: Final = 5.0
+#: What is left of the 2 s that recovery may take is for another container: about 0.5 s.
+_RECOVER_SECONDS: Final = 1.0
 #: During host calls the worker's clock is asked for at most this often; the answer counts at the next look.
 _CLOCK_SECONDS: Final = 0.02
 _JOIN_SECONDS: Final = 5.0
@@ -38,6 +40,8 @@ _JOIN_SECONDS: Final = 5.0
 
 class DockerGuest:
     """A guest in a container. Not thread-safe: its session is."""
+
+    maps_contexts = True
 
     def __init__(self, engine: Engine, options: DockerOptions, limits: Limits, *, recovery: bool) -> None:
         self._closed = False
@@ -49,8 +53,8 @@ class DockerGuest:
         self._end: HostEnd | None = None
         self._attached: Attached | None = None
         self._container = ""
-        self.maps_contexts = engine.local
-        self._directory = SessionDirectory() if engine.local else None
+        self._created = time.monotonic()
+        self._contexts = SessionDirectory() if engine.local else volume_for(engine, options.image)
         self.data, data_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._control, control_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         out_read, out_write = os.pipe()
@@ -60,12 +64,12 @@ class DockerGuest:
             self.data.setblocking(False)
             for fd in self.outputs:
                 os.set_blocking(fd, False)
-            contexts = str(self._directory.path) if self._directory is not None else None
+            contexts = self._contexts.mount()
             self._container = create_container(engine, options, limits, recovery=recovery, contexts=contexts)
             with mapped_errors("attaching to a container"):
                 params = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
                 self._attached = Attached(engine.api.attach_socket(self._container, params=params))
-            end = HostEnd(self._attached, data_theirs, control_theirs, {STDOUT: out_write, STDERR: err_write}, self._directory)
+            end = HostEnd(self._attached, data_theirs, control_theirs, {STDOUT: out_write, STDERR: err_write}, self._contexts)
             with mapped_errors("starting a container"):
                 engine.api.start(self._container)
             self._end = end
@@ -115,7 +119,8 @@ class DockerGuest:
         except (OSError, ValueError) as exc:
             raise GuestLost(f"the supervisor's channel failed: {exc}") from None
         if got is None:
-            raise GuestLost("the container is gone")
+            out_of_memory = bool(self._container) and self._engine.ran_out_of_memory(self._container)
+            raise GuestLost("the container is gone", Death(out_of_memory=out_of_memory))
         return got[0]
 
     def _order(self, message: control.Message, fds: tuple[int, ...] = ()) -> None:
@@ -127,6 +132,8 @@ class DockerGuest:
 
     def restart_clock(self, seconds: float | None) -> None:
         """See `Guest.restart_clock`."""
+        if time.monotonic() - self._created > WAIT_SECONDS:
+            raise GuestLost("it has waited for so long that sweeps of other hosts may soon take it for a leftover")
         self._order({"op": "clock", "seconds": None if seconds is None else seconds + _SESSION_SLACK_SECONDS})
 
     def report(self) -> Report | None:
@@ -227,7 +234,7 @@ class DockerGuest:
 
     def open_context(self, context: Context) -> int:
         """See `Guest.open_context`."""
-        return os.open(stored_file(context), os.O_RDONLY | os.O_CLOEXEC)
+        return self._contexts.open(context)
 
     # ---- the end
 
@@ -248,8 +255,8 @@ class DockerGuest:
                 self._attached.close()
         for fd in self.outputs:
             os.close(fd)
-        if self._directory is not None:
-            self._directory.close()
+        if isinstance(self._contexts, SessionDirectory):
+            self._contexts.close()
 
 
 def _death(message: control.Message) -> Death:
@@ -259,4 +266,5 @@ def _death(message: control.Message) -> Death:
         cpu_seconds=float(cpu) if isinstance(cpu, int | float) and 0 <= cpu < 1e9 else None,
         peak_memory_mb=peak / 1024 if type(peak) is int and 0 <= peak < 1 << 50 else None,
         why=str(message.get("why", ""))[:200],
+        out_of_memory=message.get("oom") is True,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import sys
 from typing import Any, Final
 
 from ...confine.seccomp import SUPERVISOR
@@ -45,3 +46,7 @@ def seccomp_profile() -> str:
         "syscalls": rules,
     }
     return json.dumps(profile)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(json.loads(seccomp_profile()), indent=1) + "\n")
