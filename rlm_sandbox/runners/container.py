@@ -248,6 +248,8 @@ def _preload() -> None:
     names = list(PRELOADED)
     if os.path.isdir(PACKAGES):
         sys.path.append(PACKAGES)
+        # With threads of their own their matrix products could hang in a forked worker. It is read when they are loaded.
+        os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
         names += [name for name in _VARIANT_PACKAGES if os.path.isdir(f"{PACKAGES}/{name}")]
     for name in names:
         importlib.import_module(name)
