@@ -50,6 +50,8 @@ _ACK_AT: Final = WINDOW // 4
 #: Kinds that are handled whole, with the length they may have.
 _WHOLE: Final = {MESSAGE: control.MAX_MESSAGE, FILE: 64, VITALS: _VITALS.size}
 _DIGEST: Final = 16
+#: Frames are joined up to this size; a pipe takes so much at once.
+_TOGETHER: Final = 1 << 16
 #: Reads of one pipe before something that was sent after it goes on; a pipe holds 64 KiB.
 _DRAIN_READS: Final = 4
 
@@ -148,8 +150,14 @@ class Multiplexer:
 
     def run(self) -> None:
         """Until the local control socket or the stream ends. Raises StreamFailed or OSError for the latter."""
+        self._serve_channels()
+        self._flush_stream()  # last words
+
+    def _serve_channels(self) -> None:
         stream, data, local = self._stream, self._port, self._local.fileno()
         while True:
+            if self._outbox:
+                self._flush_stream()
             # Too much output is unread: hold the data back as well, it could not be delivered before it anyway.
             flooded = self._reads_outputs and any(port.credit < -WINDOW for port in self._outputs)
             reads = select.POLLIN if data.credit > 0 and not flooded and not data.closed else 0
@@ -166,8 +174,6 @@ class Multiplexer:
                 self._want(stream.read_fd, select.POLLIN)
                 self._want(stream.write_fd, select.POLLOUT if self._outbox else 0)
             ready = dict(self._poll.poll())
-            if self._outbox and ready.get(stream.write_fd):
-                self._flush_stream()
             if local in ready and not self._take_local():
                 return
             if ready.get(stream.read_fd, 0) & (select.POLLIN | select.POLLHUP | select.POLLERR):
@@ -212,12 +218,13 @@ class Multiplexer:
         if self._key and kind in _WHOLE:
             payload = self._digest(self._reads_outputs, self._signed, kind, payload) + payload
             self._signed += 1
+        # Sent when the loop comes round: what is said together travels together, and each piece costs the engine two wake-ups.
         self._outbox.append(memoryview(HEADER.pack(kind, channel, tag, len(payload) if length is None else length) + payload))
-        if len(self._outbox) == 1:
-            self._flush_stream()
 
     def _flush_stream(self) -> None:
         while self._outbox:
+            if len(self._outbox) > 1 and len(self._outbox[0]) + len(self._outbox[1]) <= _TOGETHER:
+                self._join_first()
             try:
                 sent = self._stream.write(self._outbox[0])
             except BlockingIOError:
@@ -226,6 +233,15 @@ class Multiplexer:
                 self._outbox.popleft()
             else:
                 self._outbox[0] = self._outbox[0][sent:]
+
+    def _join_first(self) -> None:
+        """Make one piece of the first few."""
+        first: list[memoryview] = []
+        size = 0
+        while self._outbox and size + len(self._outbox[0]) <= _TOGETHER:
+            size += len(self._outbox[0])
+            first.append(self._outbox.popleft())
+        self._outbox.appendleft(memoryview(b"".join(first)))
 
     def send_message(self, message: control.Message) -> None:
         """Send a message to the other end."""
