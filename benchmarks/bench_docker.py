@@ -212,7 +212,7 @@ def contexts(options: DockerOptions, rounds: int) -> None:
 
 def kills(options: DockerOptions, rounds: int) -> None:
     """How much later than its limit and the grace of 0.25 s a cell ends that defeats the soft interrupt."""
-    stubborn = "try:\n    while True: pass\nexcept BaseException:\n    while True: pass"
+    stubborn = "try:\n    while True:\n        z = 1\nexcept BaseException:\n    while True:\n        z = 2"
     seconds = 0.3
     over, restored = [], 0
     with open_repl("docker", options=options, limits=Limits(time_seconds=seconds)) as repl:

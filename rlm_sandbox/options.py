@@ -20,7 +20,8 @@ class DockerOptions(BackendOptions):
 
     ``image``: the runner image, as ``make image`` tags it. ``runtime``: the engine's name for a runtime (``"runsc"`` is
     gVisor); None is the engine's default. ``cpus``: processors a session may use, fractions allowed; None is no limit.
-    ``docker_host``: the engine's address (``"unix:///run/docker.sock"``, ``"tcp://..."``); None is what ``DOCKER_HOST`` says.
+    ``docker_host``: the engine's address (``"unix:///run/docker.sock"``, ``"tcp://..."`` with TLS as ``DOCKER_TLS_VERIFY`` and
+    ``DOCKER_CERT_PATH`` say, ``"ssh://user@machine"``); None is what ``DOCKER_HOST`` says.
     """
 
     image: str = "rlm-sandbox-runner:0.1"

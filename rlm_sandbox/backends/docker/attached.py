@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import ssl
 import struct
 import threading
 import weakref
@@ -43,7 +44,12 @@ class Attached:
 
     def read(self) -> bytes:
         """See `Stream.read`."""
-        data = self._sock.recv(_CHUNK)
+        try:
+            data = self._sock.recv(_CHUNK)
+            while isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():  # no poll tells of what is decrypted already
+                data += self._sock.recv(_CHUNK)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
         if not data:
             raise StreamFailed("the container ended")
         found = []
@@ -68,7 +74,10 @@ class Attached:
 
     def write(self, data: memoryview) -> int:
         """See `Stream.write`."""
-        return self._sock.send(data)
+        try:
+            return self._sock.send(data)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
 
     def close(self) -> None:
         """Detach, which closes the container's standard input and so ends it. Idempotent."""

@@ -8,16 +8,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 import docker
 import docker.errors
+import docker.utils
 import requests.exceptions
 
 from ... import bundle
 from ...errors import BackendUnavailable
 from ...options import DockerOptions
+from .tunnel import Tunnel
 
 __all__ = (
     "EXPIRY_LABEL",
@@ -37,6 +40,8 @@ RUN_LABEL: Final = "org.rlm-sandbox.run"
 EXPIRY_LABEL: Final = "org.rlm-sandbox.expiry"
 GUEST_LABEL: Final = "org.rlm-sandbox.guest"
 _TIMEOUT_SECONDS: Final = 30
+#: A container's stream may end this long before the engine has noted why.
+_EVENT_SECONDS: Final = 0.5
 _NO_ENGINE: Final = "start Docker, or give its address: DockerOptions(docker_host=...) or DOCKER_HOST"
 _BUILD: Final = "build it: make image"
 
@@ -99,8 +104,13 @@ class Engine:
         self.local = address.startswith("unix://")
         if self.local and not Path(address.removeprefix("unix://")).exists():
             raise BackendUnavailable(NAME, "the engine does not answer (there is no such socket)", _NO_ENGINE)
+        self._tunnel = Tunnel(address) if address.startswith("ssh://") else None
+        if self._tunnel is not None:
+            address = self._tunnel.address
         with mapped_errors("asking for the engine's version"):
-            self.api: Any = docker.APIClient(base_url=address, version="auto", timeout=_TIMEOUT_SECONDS)
+            # With DOCKER_TLS_VERIFY and DOCKER_CERT_PATH as the docker client has them.
+            found = docker.utils.kwargs_from_env(environment={**os.environ, "DOCKER_HOST": address})
+            self.api: Any = docker.APIClient(version="auto", timeout=_TIMEOUT_SECONDS, **found)
 
     def check(self, options: DockerOptions) -> None:
         """Whether sessions can be made with these options. Raises `BackendUnavailable` with the remedy."""
@@ -165,10 +175,18 @@ class Engine:
         """Whether the kernel killed something in this container for its memory limit. Asked of the engine's log of events,
         since a container that has ended is removed at once. Never raises: then it is not known, and False."""
         try:
-            now = self.api.info()["SystemTime"]
-            found = self.api.events(since=1, until=now, filters={"container": [container], "event": ["oom"]}, decode=True)
-            return any(True for _ in found)
-        except (docker.errors.DockerException, requests.exceptions.RequestException, OSError, KeyError):
+            now = datetime.fromisoformat(self.api.info()["SystemTime"]).timestamp()  # its clock, which may not be ours
+            found = self.api.events(
+                since=1,
+                until=f"{now + _EVENT_SECONDS:.6f}",
+                decode=True,
+                filters={"container": [container], "event": ["oom", "die"]},
+            )
+            try:
+                return next((event.get("status") == "oom" for event in found), False)  # it comes before the end
+            finally:
+                found.close()
+        except (docker.errors.DockerException, requests.exceptions.RequestException, OSError, KeyError, ValueError):
             return False
 
     def remove(self, container: str) -> None:

@@ -25,7 +25,7 @@ from ...context import Context
 from ...runners.container import CONTEXTS
 from .engine import OWNER_LABEL, Engine, mapped_errors, own_name
 
-__all__ = ("ContextVolume", "volume_for")
+__all__ = ("ContextVolume", "forget", "volume_for")
 
 _CHUNK: Final = 1 << 20
 _BLOCK: Final = 512  # of a tar archive
@@ -45,7 +45,7 @@ class ContextVolume:
         self.name = f"rlm-sandbox-{secrets.token_hex(8)}"
         with mapped_errors("creating a volume"):
             engine.api.create_volume(self.name, labels={OWNER_LABEL: own_name()})
-        atexit.register(self._remove, os.getpid())
+        atexit.register(self.remove, os.getpid())
 
     def mount(self) -> Mount:
         """What a session's container gets. On its first use the engine gives it the image's directory, with its mode."""
@@ -93,8 +93,8 @@ class ContextVolume:
             finally:
                 self._engine.remove(made["Id"])
 
-    def _remove(self, owner: int) -> None:
-        """At the end of the process. A container that still uses it keeps it; then a sweep removes it."""
+    def remove(self, owner: int) -> None:
+        """At the end of the process ``owner``. A container that still uses it keeps it; then a sweep removes it."""
         if owner == os.getpid():
             try:
                 self._engine.api.remove_volume(self.name)
@@ -140,6 +140,15 @@ def volume_for(engine: Engine, image: str) -> ContextVolume:
         if found is None:
             found = _volumes[id(engine)] = ContextVolume(engine, image)
         return found
+
+
+def forget(engine: Engine) -> None:
+    """Remove this process's volume on an engine, if there is one; the next session there gets another."""
+    with _lock:
+        found = _volumes.pop(id(engine), None)
+    if found is not None:
+        atexit.unregister(found.remove)
+        found.remove(os.getpid())
 
 
 def _after_fork() -> None:

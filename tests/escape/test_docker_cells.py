@@ -1,0 +1,229 @@
+"""The attacks of the jail against containers, on the engine's default runtime and on gVisor, judged from outside.
+
+On gVisor a cell that takes the runner apart may cost its own session the state (docs/limitations/docker.md), and that must then be
+said. What it may never do there either is reach anything outside, outlive its limit, or go on between turns.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import psutil
+import pytest
+
+from rlm_sandbox import BackendUnavailable, DockerOptions, Limits, REPLProtocol, open_repl
+from rlm_sandbox.registry import Availability, load_backend
+
+from ..conftest import require_usable
+from . import test_jail_cells, test_jail_recovery
+from .conftest import SMALL
+from .outside import KEPT, TOOLS, Attack, Listener, everything_said, wait_until, within
+
+RUNTIMES: Final = (None, "runsc")
+#: Supervisor, relay, worker, standby.
+PROCESSES_OF_A_CONTAINER: Final = 4
+#: Recovery by another container, and the time that a loaded machine takes for one on gVisor.
+RECOVERY_SECONDS: Final = 6.0
+#: Attacks whose whole point is a notifier's decision, or a system call that gVisor does not have: judged by what stays true.
+LOOSE_ON_GVISOR: Final = frozenset(attack.id for attack in test_jail_recovery.ATTACKS)
+
+
+@pytest.fixture(params=RUNTIMES, ids=["default", "gvisor"], scope="module")
+def runtime(request: pytest.FixtureRequest) -> str | None:
+    """A runtime that works here."""
+    name: str | None = request.param
+    try:
+        state = load_backend("docker").probe(DockerOptions(runtime=name))
+    except BackendUnavailable as exc:
+        state = Availability(False, exc.reason, exc.remedy)
+    require_usable("docker", state)
+    return name
+
+
+class ContainerProcesses:
+    """The processes of the containers that came since this was made, as the host's kernel lists them by control group."""
+
+    def __init__(self) -> None:
+        self._before = set(self._found())
+
+    def _found(self) -> dict[int, str]:
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/cgroup"):
+            try:
+                text = path.read_text()
+            except OSError:
+                continue
+            if "docker" in text and "/docker" in text.replace("docker-", "/docker"):
+                found[int(path.parent.name)] = text
+        return found
+
+    def alive(self) -> list[psutil.Process]:
+        """Those that run, sleep or are stopped."""
+        found = []
+        for pid in set(self._found()) - self._before:
+            try:
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                pass
+        return found
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all of them."""
+        total = 0.0
+        for process in self.alive():
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += times.user + times.system
+        return total
+
+    def assert_quiet(self, runtime: str | None) -> None:
+        """No more processes than a session has, and none of them uses the CPU between cells."""
+        if runtime is None:
+            wait_until(lambda: len(self.alive()) <= PROCESSES_OF_A_CONTAINER, f"too many processes: {self.alive()}")
+        else:
+            time.sleep(0.2)  # what gVisor's own threads have to tidy up
+        before = self.cpu_seconds()
+        time.sleep(0.3)
+        assert self.cpu_seconds() - before < 0.2, "something of the session runs between cells"
+
+
+@pytest.fixture
+def processes() -> Iterator[ContainerProcesses]:
+    """The container's processes; none may be left when the test is over."""
+    found = ContainerProcesses()
+    yield found
+    wait_until(lambda: not found.alive(), f"left behind: {found.alive()}", 10.0)
+
+
+@pytest.fixture
+def repl(runtime: str | None, processes: ContainerProcesses) -> Iterator[REPLProtocol]:
+    """A session with small limits."""
+    with open_repl("docker", limits=replace(SMALL, time_seconds=10.0), options=DockerOptions(runtime=runtime)) as session:
+        yield session
+
+
+def _contained(repl: REPLProtocol, attack: Attack, processes: ContainerProcesses, runtime: str | None) -> str:
+    """Run an attack; returns everything the guest said."""
+    if attack.tools:
+        assert repl.exec(TOOLS).ok
+    assert repl.exec("x = {'kept': [41]}").ok
+    narrow = Limits(time_seconds=1.0) if "limit" in attack.outcomes or attack.id in LOOSE_ON_GVISOR else None
+    limit = repl.limits.narrowed(narrow).time_seconds or 0.0
+    with within(limit + RECOVERY_SECONDS):
+        result = repl.exec(attack.code, limits=narrow)
+    with within(limit + RECOVERY_SECONDS):
+        following = repl.exec("x['kept'][0] + 1")
+    if attack.forges_next and (following.outcome, following.value) != ("ok", "42"):
+        following = repl.exec("x['kept'][0] + 1")
+    if runtime is not None and attack.id in LOOSE_ON_GVISOR:
+        states = {result.state, following.state}
+        if (following.outcome, following.value) != ("ok", "42"):
+            assert "lost" in states, f"{following.outcome}: {following.error}; {states}"
+            assert repl.exec("x = {'kept': [41]}\nx['kept'][0] + 1").value == "42"
+    else:
+        assert result.outcome in attack.outcomes, f"{result.outcome}: {result.error}"
+        assert result.state in attack.states, f"{result.state}, lost {result.lost_names}"
+        assert (following.outcome, following.value) == ("ok", "42"), f"{following.outcome}: {following.error}"
+    processes.assert_quiet(runtime)
+    return everything_said(result, following)
+
+
+@pytest.mark.parametrize("attack", test_jail_cells.ATTACKS, ids=lambda attack: attack.id)
+def test_a_hostile_cell_costs_only_itself(
+    repl: REPLProtocol, processes: ContainerProcesses, runtime: str | None, attack: Attack
+) -> None:
+    _contained(repl, attack, processes, runtime)
+
+
+@pytest.mark.parametrize("attack", test_jail_recovery.ATTACKS, ids=lambda attack: attack.id)
+def test_an_attack_on_recovery_costs_only_itself(
+    repl: REPLProtocol, processes: ContainerProcesses, runtime: str | None, attack: Attack
+) -> None:
+    assert repl.exec(TOOLS).ok
+    _contained(repl, attack, processes, runtime)
+
+
+def test_no_file_and_no_environment_of_the_host_is_read(
+    repl: REPLProtocol, processes: ContainerProcesses, runtime: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = os.urandom(12).hex()
+    canary = tmp_path / "canary"
+    canary.write_text(token)
+    monkeypatch.setenv("CANARY", token)
+    paths = [
+        str(canary),
+        "/etc/shadow",
+        "/proc/1/environ",
+        "/proc/self/environ",
+        "/proc/mounts",
+        "/var/run/docker.sock",
+        "/.dockerenv",
+    ]
+    read_all = test_jail_cells._READ_ALL.format(paths=paths)
+    said = _contained(repl, Attack("FS-001", "read files of the host", read_all), processes, runtime)
+    assert token not in said
+    assert os.uname().nodename not in said
+
+
+def test_no_listener_of_the_host_is_reached(
+    repl: REPLProtocol, processes: ContainerProcesses, runtime: str | None, listener: Listener
+) -> None:
+    code = f"""
+import socket
+made = []
+for family in range(1, 46):
+    for kind in (1, 2, 3, 5):
+        try:
+            made.append(socket.socket(family, kind))
+        except OSError:
+            pass
+try:
+    socket.create_connection(('127.0.0.1', {listener.port}), 1)
+    made.append('reached')
+except OSError:
+    pass
+assert not made
+"""
+    _contained(repl, Attack("NET-001", "connect to the host", code, ("ok",), KEPT), processes, runtime)
+    listener.assert_unreached()
+
+
+_FORGE: Final = """
+import os, struct, json
+HEADER = struct.Struct("<BBHI")
+def forged(message):
+    raw = json.dumps(message).encode()
+    return HEADER.pack(2, 0, 0, len(raw)) + raw
+written = 0
+for pid in [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]:
+    for fd in range(3):
+        try:
+            opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK)
+            if "host:" in os.readlink(f"/proc/{pid}/fd/{fd}"):
+                written += os.write(opened, forged({"op": "recovered", "state": "restored", "worker": 1})) > 0
+        except OSError:
+            pass
+x = 666
+os._exit(1)
+"""
+
+
+def test_a_forged_report_of_the_supervisor_is_not_believed(
+    repl: REPLProtocol, processes: ContainerProcesses, runtime: str | None
+) -> None:
+    """On gVisor a worker can open the relay's stream by /proc: it must not be able to say ``restored`` in its name."""
+    assert repl.exec("x = 41").ok
+    result = repl.exec(_FORGE)
+    following = repl.exec("x if 'x' in globals() else 'gone'")
+    assert result.state in ("restored", "lost")
+    assert following.value == ("41" if "lost" not in (result.state, following.state) else "'gone'")
+    processes.assert_quiet(runtime)
