@@ -238,7 +238,7 @@ def test_a_host_object_returned_in_a_killed_cell_is_forgotten(open_monty: Callab
     repl.exec("old = make()")
     repl.exec("new = make()\nwhile True: pass")
     assert repl.exec("old.count(3)").value == "1"
-    assert len(repl._door.table) == 2  # type: ignore[attr-defined]
+    assert len(repl._bindings.door.table) == 2  # type: ignore[attr-defined]
 
 
 # ---- host calls

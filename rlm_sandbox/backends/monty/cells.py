@@ -63,6 +63,13 @@ class Cell:
     problem: str = ""
     """Why the engine must not run it, as ``"Type: message"``; empty if it may."""
 
+    def shown(self, output: object) -> str | None:
+        """What the cell's value is, by what the engine returned for it."""
+        if output is None or (self.echoes and isinstance(output, str)):
+            return output
+        # The cell was not read on the host (too long, or newer syntax): its value is the engine's, not a repr.
+        return repr(output) if type(output) in (bool, float, str, bytes, list, dict, tuple, set) else str(output)[:4_000]
+
 
 def _parse(code: str) -> ast.Module | None:
     try:

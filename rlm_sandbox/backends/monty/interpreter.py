@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Final
@@ -19,7 +19,7 @@ from .sealed import Sealed, seal, unseal
 from .turn import EngineFailed, Turn, TurnStopped
 from .worker import TooLarge, Worker
 
-__all__ = ("OWN_NAMES", "FeedEnded", "Interpreter", "Origin", "Point")
+__all__ = ("FeedEnded", "Interpreter", "Origin", "Point")
 
 log: Final = logging.getLogger("rlm_sandbox.host_calls")
 
@@ -160,6 +160,20 @@ class Interpreter:
             return {}
         limit = self._limits.value_bytes
         return {name: values.from_guest(value, self._mark, limit) for name, value in found.items() if name in wanted}
+
+    def summaries(self, turn: Turn, *, hidden: Container[str]) -> dict[str, str]:
+        """The guest's variables, name to a short text, without those of ``hidden`` and the machinery's.
+
+        Raises:
+            FeedEnded: it did not complete.
+        """
+        found = self.feed(turn, "_rlm_summaries(locals())")
+        own = OWN_NAMES - self.names
+        return {
+            key[:200]: text[:200]
+            for key, text in (found.items() if type(found) is dict else ())
+            if type(key) is str and type(text) is str and key not in hidden and key not in own
+        }
 
     # ---- recovery
 

@@ -5,111 +5,73 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
 
 import pydantic_monty as monty
 
-from ...binding import Exposed
-from ...bridge.capture import Capture
 from ...bridge.host_pool import HostPool
 from ...bridge.names import checked_name
-from ...context import Context, WholeText
 from ...errors import (
     GuestCrashed,
-    GuestError,
     LimitExceeded,
     PoolTimeout,
     SandboxError,
     SessionBusy,
     SessionClosed,
-    UnsendableValue,
 )
 from ...limits import Limits
 from ...protocol import Capabilities
 from ...registry import SessionConfig
-from ...results import ExecResult, LimitHit, Outcome, OutputChunk, State, Stream, Usage
+from ...results import ExecResult, OutputChunk, State, Usage
 from ...wire.codec import ValueRefused
 from . import values
+from .bindings import Bindings, Bound, Moment, check_free
 from .cells import Cell, read_cell
-from .host_calls import HostDoor
-from .interpreter import OWN_NAMES, FeedEnded, Interpreter, Origin
+from .interpreter import FeedEnded, Interpreter
+from .output import CellOutput
 from .pool import Slot
 from .turn import Clock, Turn, TurnStopped
+from .turnstile import Turnstile
+from .verdict import AT_ITS_END, Verdict, as_exception, judge
 from .worker import MAX_DUMP_BYTES
 
 __all__ = ("MontySession",)
 
-#: Reasons of `TurnStopped` that are limits.
-_LIMIT_FIELDS: Final = ("time_seconds", "wall_seconds", "session_seconds", "host_calls", "value_bytes")
 _MAX_CHECKPOINTS: Final = 64
-_AT_ITS_END: Final = "reached its session_seconds"
-
-
-@dataclass(frozen=True, slots=True)
-class _Bound:
-    target: Any
-    inline: bool
-    errors: tuple[type[BaseException], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What a feed came to, decided from what the host measured and not from what the guest said."""
-
-    outcome: Outcome
-    limit: LimitHit | None = None
-    error: str | None = None
-    traceback: str | None = None
-    exit_status: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Moment:
-    """A session's state: of its interpreter, and what it can reach on the host."""
-
-    interpreter: Origin
-    door: HostDoor
-    bindings: dict[str, _Bound]
-    texts: dict[str, Context]
 
 
 class MontySession:
     """See `REPLProtocol`, `SupportsFork` and `SupportsCheckpoint`."""
 
-    def __init__(self, config: SessionConfig, slot: Slot, capabilities: Capabilities, origin: _Moment | None = None) -> None:
+    def __init__(self, config: SessionConfig, slot: Slot, capabilities: Capabilities, origin: Moment | None = None) -> None:
         self._config = config
         self._limits = config.limits
         self._setup = config.setup
         self._capabilities = capabilities
         self._pool = HostPool()
-        self._door = HostDoor(config.limits.value_bytes)
-        self._busy = threading.Lock()
+        self._bindings = Bindings(config.limits.value_bytes)
+        self._turnstile = Turnstile()
         self._turn: Turn | None = None
         self._closed = ""
         seconds = config.limits.session_seconds
         self._ends_at = None if seconds is None else time.monotonic() + seconds
-        self._bindings: dict[str, _Bound] = {}
-        self._texts: dict[str, Context] = {}
         self._cell_names: frozenset[str] = frozenset()
         self._cells = 0
         #: Names that were lost in a call that could not report it.
         self._unreported: tuple[str, ...] | None = None
         self._slot = slot
-        self._in_call = False
-        self._checkpoints: dict[str, _Moment] = {}
+        self._checkpoints: dict[str, Moment] = {}
         at = None if origin is None else origin.interpreter
         self._interpreter = Interpreter(slot, config.limits, recovery=config.recovery, origin=at)
         try:
             if origin is None:
                 self._start()
             else:
-                self._adopt(origin)
+                self._bindings = origin.bindings.copy()
         except BaseException:
             self._end("could not be opened")
             raise
@@ -147,11 +109,11 @@ class MontySession:
         if turn is not None:
             turn.stop("closed")
         # A call that is running sees that the session is closed when it ends, and frees everything.
-        if self._take():
+        if self._turnstile.enter():
             try:
                 self._end("was closed")
             finally:
-                self._give()
+                self._turnstile.leave()
 
     def reset(self) -> None:
         """See `REPLProtocol.reset`."""
@@ -182,7 +144,7 @@ class MontySession:
         narrowed = self._limits.narrowed(limits)
         with self._entered():
             self._cells += 1
-            cell = read_cell(code, self._door.operators)
+            cell = read_cell(code, self._bindings.door.operators)
             if cell.problem:
                 protected = self._interpreter.protected
                 result = ExecResult(outcome="error", error=cell.problem, traceback=f"{cell.problem}\n", protected=protected)
@@ -196,29 +158,19 @@ class MontySession:
     def _exec(
         self, cell: Cell, code: str, limits: Limits, read: tuple[str, ...], on_output: Callable[[OutputChunk], None] | None
     ) -> ExecResult:
-        capture = Capture(limits.output_bytes)
         clock = self._clock(limits)
         turn = self._new_turn(clock, limits, on_output)
-        room = limits.output_bytes
-
-        def listen(stream: Stream, text: str) -> None:
-            nonlocal room
-            capture.add(stream, text.encode("utf-8", "surrogatepass"))
-            # The live view ends where the output's limit does.
-            if on_output is not None and (room is None or room > 0):
-                turn.show(stream, text)
-                room = None if room is None else room - len(text)
-
-        interpreter, protected, mark = self._interpreter, self._interpreter.protected, self._door.table.mark()
+        output = CellOutput(limits.output_bytes, turn, live=on_output is not None)
+        interpreter, protected, mark = self._interpreter, self._interpreter.protected, self._bindings.door.table.mark()
         value: str | None = None
         found: dict[str, Any] = {}
-        verdict = _Verdict("ok")
+        verdict = Verdict("ok")
         ended: FeedEnded | None = None
         self._cell_names, self._turn = cell.names, turn
         try:
             try:
-                output = interpreter.feed(turn, cell.source, shown_as=(f"<cell {self._cells}>", code), listen=listen)
-                value = _echo(output, cell)
+                last = interpreter.feed(turn, cell.source, shown_as=(f"<cell {self._cells}>", code), listen=output.listen)
+                value = cell.shown(last)
             except FeedEnded as exc:
                 verdict = self._verdict(exc, limits, clock)
                 if verdict.outcome != "error":
@@ -248,44 +200,28 @@ class MontySession:
             state, lost = self._after_a_kill(verdict, mark)
         return ExecResult(
             outcome=verdict.outcome,
-            stdout=capture.text("stdout") if capture.total else "",
-            stderr=capture.text("stderr") if capture.total else "",
+            stdout=output.text("stdout"),
+            stderr=output.text("stderr"),
             value=value if verdict.outcome == "ok" else None,
             error=verdict.error,
             traceback=verdict.traceback,
             limit=verdict.limit,
             state=state,
             lost_names=lost,
-            dropped_bytes=capture.dropped,
+            dropped_bytes=output.dropped,
             read=found if verdict.outcome in ("ok", "error") else {},
             usage=Usage(
-                time_seconds=clock.guest_seconds, wall_seconds=elapsed, output_bytes=capture.total, host_calls=turn.host_calls
+                time_seconds=clock.guest_seconds, wall_seconds=elapsed, output_bytes=output.total, host_calls=turn.host_calls
             ),
             protected=protected,
         )
 
-    def _verdict(self, ended: FeedEnded, limits: Limits, clock: Clock) -> _Verdict:
-        if ended.stopped is not None:
-            reason = ended.stopped.reason
-            if reason not in _LIMIT_FIELDS:
-                return _Verdict("interrupted", error="the cell was interrupted")
-            return _limit(LimitHit(reason, float(getattr(limits, reason) or 0), ended.stopped.observed, "host"))
-        ending = ended.ending
-        assert ending is not None
-        alive = self._interpreter.worker.alive
-        if ending.kind == "memory" and limits.memory_mb is not None:
-            # A process that died of it is the kernel's word; the interpreter's own refusal is the guest's side.
-            observed = None if ending.observed_bytes is None else ending.observed_bytes / (1 << 20)
-            return _limit(LimitHit("memory_mb", limits.memory_mb, observed, "guest" if alive else "kernel"))
-        if ending.kind == "time" and limits.time_seconds is not None and clock.guest_seconds >= limits.time_seconds:
-            return _limit(LimitHit("time_seconds", limits.time_seconds, clock.guest_seconds, "host"))
-        if ending.kind == "died" or not alive:
-            return _Verdict("crashed", error=ending.failure.text, exit_status=ending.exit_status)
-        return _Verdict("error", error=self._door.own_words(ending.failure.text), traceback=ending.failure.traceback)
+    def _verdict(self, ended: FeedEnded, limits: Limits, clock: Clock) -> Verdict:
+        return judge(ended, limits, clock, alive=self._interpreter.worker.alive, own_words=self._bindings.door.own_words)
 
-    def _after_a_kill(self, verdict: _Verdict, mark: int) -> tuple[State, tuple[str, ...]]:
+    def _after_a_kill(self, verdict: Verdict, mark: int) -> tuple[State, tuple[str, ...]]:
         if verdict.limit is not None and verdict.limit.kind == "session_seconds":
-            self._closed = self._closed or _AT_ITS_END
+            self._closed = self._closed or AT_ITS_END
         if self._closed:  # `_entered` frees everything
             return "lost", tuple(sorted(self._interpreter.names))
         return self._rebuild(mark)
@@ -298,68 +234,52 @@ class MontySession:
         with self._entered():
             with self._reading() as turn:
                 found = self._interpreter.take(turn, (name,))
-            if name not in found and name in self._texts:
-                return self._texts[name].text
+            context = self._bindings.context(name)
+            if name not in found and context is not None:
+                return context.text
             return found.get(name, default)
 
     def set(self, name: str, value: Any) -> None:
         """See `REPLProtocol.set`."""
-        _check_free(name)
-        if isinstance(value, Context | Exposed | WholeText) or callable(value):
-            raise TypeError(f"set() takes plain data; use bind({name!r}, ...) for functions and objects")
-        try:
-            sent = self._door.value(value)
-        except ValueRefused as exc:
-            raise UnsendableValue(f"{name} cannot be set: {exc}; send plain data, or bind an object with expose()") from None
+        check_free(name)
+        sent = self._bindings.sendable(name, value)
         with self._entered():
             with self._reading() as turn:
                 self._interpreter.feed(turn, "pass", inputs={name: sent})
-            self._bindings.pop(name, None)
-            self._texts.pop(name, None)
-            self._door.unbind(name)
+            self._bindings.drop(name)
             self._interpreter.names.add(name)
             self._interpreter.protect()
 
     def bind(self, name: str, target: Any, *, inline: bool = False, errors: tuple[type[BaseException], ...] = ()) -> None:
         """See `REPLProtocol.bind`. ``context.whole`` larger than ``value_bytes`` is refused when the guest uses it."""
-        _check_free(name)
-        bound = _Bound(target, inline, errors)
+        check_free(name)
+        bound = Bound(target, inline, errors)
         with self._entered():
-            if isinstance(target, WholeText) and self._is_taken(name):
-                try:
-                    self._text(target.context)
-                except TurnStopped as exc:
-                    raise LimitExceeded("value_bytes", float(self._limits.value_bytes or 0), exc.observed) from None
+            if self._is_taken(name):
+                self._bindings.check_text(target)
             with self._reading() as turn:
                 self._apply(turn, name, bound, fresh=not self._is_taken(name))
-            self._bindings[name] = bound
+            self._bindings.keep(name, bound)
             self._interpreter.names.discard(name)
             self._interpreter.protect()
 
     def names(self) -> dict[str, str]:
         """See `REPLProtocol.names`."""
-        with self._entered():
-            with self._reading() as turn:
-                found = self._interpreter.feed(turn, "_rlm_summaries(locals())")
-            own = OWN_NAMES - self._interpreter.names
-            return {
-                key[:200]: text[:200]
-                for key, text in (found.items() if type(found) is dict else ())
-                if type(key) is str and type(text) is str and key not in self._bindings and key not in own
-            }
+        with self._entered(), self._reading() as turn:
+            return self._interpreter.summaries(turn, hidden=self._bindings)
 
     # ---- calls and turns
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
         """One call at a time, on an open session whose interpreter lives."""
-        if not self._take():
+        if not self._turnstile.enter():
             if self._closed:
                 raise SessionClosed(f"the session {self._closed}; open a new one")
             raise SessionBusy("the session is running another call; wait for it, or interrupt() it")
         try:
             if not self._closed and self._ends_at is not None and time.monotonic() >= self._ends_at:
-                self._closed = _AT_ITS_END
+                self._closed = AT_ITS_END
             if not self._closed and not self._is_awake():
                 # It died while nothing ran: there is a recovery point of this very state, or what was there is lost.
                 state, lost = self._rebuild(0 if self._interpreter.protected else None)
@@ -372,20 +292,7 @@ class MontySession:
             self._slot.used_at = time.monotonic()
             if self._closed:
                 self._end(self._closed)
-            self._give()
-
-    def _take(self) -> bool:
-        """Take the session for a call. False if another call has it; the pool, which may be parking it, has it for moments."""
-        while not self._busy.acquire(blocking=False):
-            if self._in_call:
-                return False
-            time.sleep(0.0005)
-        self._in_call = True
-        return True
-
-    def _give(self) -> None:
-        self._in_call = False
-        self._busy.release()
+            self._turnstile.leave()
 
     def _is_awake(self) -> bool:
         """Take a worker again if the session was parked. False if there is none that holds its state.
@@ -405,12 +312,12 @@ class MontySession:
 
     def _park(self) -> bool:
         """For the pool: give the worker up if no call is running."""
-        if self._closed or not self._busy.acquire(blocking=False):
+        if self._closed or not self._turnstile.enter_idle():
             return False
         try:
             return not self._closed and self._interpreter.park()
         finally:
-            self._busy.release()
+            self._turnstile.leave()
 
     def _clock(self, limits: Limits) -> Clock:
         now = time.monotonic()
@@ -420,12 +327,12 @@ class MontySession:
     def _new_turn(self, clock: Clock, limits: Limits, on_output: Callable[[OutputChunk], None] | None = None) -> Turn:
         return Turn(
             self._interpreter.worker,
-            self._door,
+            self._bindings.door,
             self._pool,
             clock,
             host_calls=limits.host_calls,
             known_names=lambda: sorted(self._interpreter.names | self._cell_names),
-            lazy=lambda name: self._text(self._texts[name]) if name in self._texts else None,
+            lazy=self._bindings.text,
             pool_id=id(self._slot.pool),
             on_output=on_output,
         )
@@ -439,7 +346,7 @@ class MontySession:
         """
         clock = self._clock(self._limits)
         turn = self._new_turn(clock, self._limits)
-        mark = self._door.table.mark()
+        mark = self._bindings.door.table.mark()
         self._turn = turn
         try:
             yield turn
@@ -455,7 +362,7 @@ class MontySession:
                 state, lost = self._after_a_kill(verdict, mark)
                 if state == "lost":
                     self._unreported = lost
-            raise _as_exception(verdict, state) from None
+            raise as_exception(verdict, state) from None
         except BaseException:
             self._turn = None
             if not turn.idle:  # Ctrl-C; an error of the host's own, a target that cannot be bound, leaves it idle
@@ -464,22 +371,6 @@ class MontySession:
             raise
         finally:
             self._turn = None
-
-    def _text(self, context: Context) -> str:
-        """A context's whole text for the guest.
-
-        Raises:
-            TurnStopped: it is larger than ``value_bytes``, or than a frame, or has lone surrogates.
-        """
-        limit = min(self._limits.value_bytes or values.MAX_FRAME_BYTES, values.MAX_FRAME_BYTES)
-        if len(context) > limit:
-            raise TurnStopped("value_bytes", len(context))
-        try:
-            sent = self._door.value(context.text)
-        except ValueRefused:
-            raise TurnStopped("value_bytes", len(context)) from None
-        assert isinstance(sent, str)
-        return sent
 
     # ---- the life of the interpreter
 
@@ -496,7 +387,7 @@ class MontySession:
             if self._setup:
                 cell = read_cell(self._setup, {})
                 if cell.problem:
-                    raise _as_exception(_Verdict("error", error=cell.problem), "kept")
+                    raise as_exception(Verdict("error", error=cell.problem), "kept")
                 self._interpreter.feed(turn, cell.source, shown_as=("<setup>", self._setup))
                 self._interpreter.names |= cell.names
             for name, bound in self._bindings.items():
@@ -505,14 +396,14 @@ class MontySession:
         except FeedEnded as exc:
             verdict = self._verdict(exc, self._limits, clock)
             turn.abandon()
-            raise _as_exception(verdict, "lost") from None
+            raise as_exception(verdict, "lost") from None
         finally:
             self._turn = None
         self._interpreter.protect()
 
     def _renew(self) -> None:
         self._interpreter.renew()
-        self._door.clear()
+        self._bindings.door.clear()
         self._start()
 
     def _rebuild(self, mark: int | None) -> tuple[State, tuple[str, ...]]:
@@ -524,7 +415,7 @@ class MontySession:
         try:
             if mark is not None and self._interpreter.restore():
                 if mark:
-                    self._door.forget_since(mark)
+                    self._bindings.door.forget_since(mark)
                 return "restored", ()
             self._renew()
         except (SandboxError, monty.MontyError, OSError, RuntimeError):
@@ -534,9 +425,8 @@ class MontySession:
     def _end(self, reason: str) -> None:
         self._closed = self._closed or reason
         self._interpreter.close()
-        self._door.clear()
+        self._bindings.clear()
         self._pool.close()
-        self._texts.clear()
         self._checkpoints.clear()
 
     # ---- copies of the state
@@ -588,19 +478,14 @@ class MontySession:
             if not self._interpreter.go_to(moment.interpreter.point):
                 self._rebuild(None)
                 raise GuestCrashed("the checkpoint could not be loaded; the session is empty", state="lost")
-            self._door.clear()
-            self._adopt(moment)
+            self._bindings.clear()
+            self._bindings = moment.bindings.copy()
 
-    def _moment(self) -> _Moment:
+    def _moment(self) -> Moment:
         origin = self._interpreter.origin()
         if origin is None:
             raise LimitExceeded("value_bytes", float(MAX_DUMP_BYTES))
-        return _Moment(origin, self._door.copy(), dict(self._bindings), dict(self._texts))
-
-    def _adopt(self, moment: _Moment) -> None:
-        self._door = moment.door.copy()
-        self._bindings = dict(moment.bindings)
-        self._texts = dict(moment.texts)
+        return Moment(origin, self._bindings.copy())
 
     # ---- binding
 
@@ -608,44 +493,8 @@ class MontySession:
         """True if ``name`` may have a value in the guest."""
         return name in self._bindings or name in self._interpreter.names
 
-    def _apply(self, turn: Turn, name: str, bound: _Bound, *, fresh: bool) -> None:
+    def _apply(self, turn: Turn, name: str, bound: Bound, *, fresh: bool) -> None:
         """Give a name its host object in the present interpreter. ``fresh``: the name has no value there."""
-        target = bound.target
-        if isinstance(target, WholeText):
-            self._door.unbind(name)
-            self._texts[name] = target.context
-            if not fresh:  # a name without a value asks for the text on its first use
-                self._interpreter.feed(turn, "pass", inputs={name: self._text(target.context)})
-            return
-        value = self._door.bind(name, target, bound.inline, bound.errors)
-        self._texts.pop(name, None)
-        self._interpreter.feed(turn, "pass", inputs={name: value})
-
-
-def _limit(hit: LimitHit) -> _Verdict:
-    return _Verdict("limit", limit=hit, error=f"the {hit.kind} limit of {hit.limit:g} was hit")
-
-
-def _as_exception(verdict: _Verdict, state: State) -> SandboxError:
-    """A verdict for a call that raises."""
-    hit = verdict.limit
-    if hit is not None:
-        if hit.kind == "session_seconds":
-            return SessionClosed(f"the session {_AT_ITS_END}; open a new one")
-        return LimitExceeded(hit.kind, hit.limit, hit.observed)
-    if verdict.outcome == "error":
-        type_name, _, message = (verdict.error or "").partition(": ")
-        return GuestError(type_name, message, verdict.traceback or "")
-    return GuestCrashed(f"{verdict.error}; the session's state is {state}", exit_status=verdict.exit_status, state=state)
-
-
-def _echo(output: Any, cell: Cell) -> str | None:
-    if output is None or (cell.echoes and isinstance(output, str)):
-        return output
-    # The cell was not read on the host (too long, or newer syntax): its value is the engine's, not a repr.
-    return repr(output) if type(output) in (bool, float, str, bytes, list, dict, tuple, set) else str(output)[:4_000]
-
-
-def _check_free(name: str) -> None:
-    if checked_name(name).startswith("_rlm"):
-        raise ValueError(f"{name!r} is reserved; choose another name")
+        value = self._bindings.value(name, bound, fresh=fresh)
+        if value is not None:  # a name without a value asks for a whole text on its first use
+            self._interpreter.feed(turn, "pass", inputs={name: value})
