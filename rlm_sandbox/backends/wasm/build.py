@@ -30,7 +30,7 @@ _ROOT: Final = Path(__file__).parents[2]
 #: What runs in the guest; the other runners need processes and sockets.
 _FILES: Final = (
     "context/view.py",
-    "runners/__init__.py", "runners/host_calls.py", "runners/output.py", "runners/proxies.py", "runners/session.py",
+    "runners/__init__.py", "runners/files.py", "runners/host_calls.py", "runners/output.py", "runners/proxies.py", "runners/session.py",
     "runners/wasm_loop.py", "runners/wasm_main.py", "runners/wasm_modules.py", "runners/wasm_shims.py", "runners/wasm.wit",
     "wire/__init__.py", "wire/codec.py", "wire/frames.py", "wire/messages.py", "wire/strings.py",
 )  # fmt: skip
