@@ -33,7 +33,7 @@ from .session import Session
 from .turn import Turn, WakePipe
 from .verdict import worse
 
-__all__ = ("FramedSession",)
+__all__ = ("STANDBY_HELLO_SECONDS", "FramedSession")
 
 log: Final = logging.getLogger("rlm_sandbox.session")
 
@@ -44,7 +44,7 @@ _HEADROOM_SHARE: Final = 0.02
 _FREE_CPU_SECONDS: Final = 0.25
 _HELLO_SECONDS: Final = 10.0
 #: A standby is the cell's own memory: what the cell did to it may keep it from greeting, and recovery has 2 s.
-_STANDBY_HELLO_SECONDS: Final = 1.5
+STANDBY_HELLO_SECONDS: Final = 1.5
 #: The supervisor's own deadline is shorter; this one catches a supervisor that is gone or hung.
 _PROTECT_SECONDS: Final = 5.0
 #: Between two turns there are a ticket's answer, a death or two, and a standby's; a supervisor that says more has gone wrong.
@@ -85,11 +85,14 @@ class FramedSession(Session):
         self._readiness = Readiness(self._wake.read_fd)
         self._begin()
         try:
-            self._greet()
-            self._configure()
+            self._set_up_first()
         except BaseException:
             self.close()
             raise
+
+    def _set_up_first(self) -> None:
+        self._greet()
+        self._configure()
 
     def read_file(self, name: str) -> bytes:
         """The content of a file below the guest's ``/tmp``, capped at ``value_bytes``. See `SupportsReadFile`."""
@@ -216,10 +219,10 @@ class FramedSession(Session):
         turn.expect_hello(seconds)
         self._out_of_step = False
 
-    def _protect(self) -> None:
-        """Begin to make a standby of the present state; the worker is stopped when it is there."""
+    def _protect(self, *, wanted: bool | None = None) -> None:
+        """Begin to make a standby of the present state, if the session has such or it is ``wanted``; the worker is stopped then."""
         self._protected, self._stale = False, False
-        if not self._config.recovery:
+        if not (self._config.recovery if wanted is None else wanted):
             self._guest.stop()
             return
         self._protecting = True  # first: after a Ctrl-C in the middle of this the supervisor's answer is still to be waited for
@@ -317,7 +320,7 @@ class FramedSession(Session):
         try:
             # A standby that lacks what was set or bound since is not what the session was before this call.
             recovery = self._guest.recover(fresh=not had_standby or self._stale)
-            self._greet(_STANDBY_HELLO_SECONDS if recovery.state == "restored" else _HELLO_SECONDS)
+            self._greet(STANDBY_HELLO_SECONDS if recovery.state == "restored" else _HELLO_SECONDS)
             death = recovery.death if recovery.death.status is not None else end.death
             if recovery.state == "restored":
                 self._protect()

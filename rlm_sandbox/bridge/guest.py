@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from ..context import Context
 from ..results import Stream
 
-__all__ = ("Death", "Guest", "GuestLost", "Recovery", "Report")
+__all__ = ("CopyingGuest", "Death", "Guest", "GuestLost", "Recovery", "Report")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,30 @@ class Guest(Protocol):
     def request_protection(self) -> None:
         """Grant the ticket for one standby. The caller then tells the worker to fork, and waits for a report."""
 
+    def drop_standby(self) -> None:
+        """Give up the standby, whose memory is needed; a report follows if there was one."""
+
     def recover(self, *, fresh: bool) -> Recovery:
         """Kill the worker, and have the standby or an empty worker in its place. Raises `GuestLost` if that fails."""
 
     def close(self) -> None:
         """End everything of the guest. Idempotent; never raises."""
+
+
+class CopyingGuest(Guest, Protocol):
+    """A guest whose recovery points can also become sessions of their own, and be kept to go back to."""
+
+    def branch(self) -> CopyingGuest:
+        """The standby as a guest of its own, which the caller closes. Raises `GuestLost` if it cannot be had; this one goes on."""
+
+    def keep(self, key: int) -> None:
+        """Keep the standby under ``key``. Raises `GuestLost` if there is none, or no room."""
+
+    def forget(self, key: int) -> None:
+        """End what was kept under ``key``."""
+
+    def take_over(self, key: int | None) -> Recovery | None:
+        """Kill the worker, and have what was kept under ``key``, or the standby, in its place, with outputs of its own.
+
+        None if what was kept is not there any more: nothing has changed. Raises `GuestLost` if it fails.
+        """

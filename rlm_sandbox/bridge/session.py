@@ -28,14 +28,14 @@ from .host_pool import HostPool
 from .names import checked_name
 from .verdict import from_guest, how_it_died, judge, killed_error, turn_error, worse
 
-__all__ = ("Session",)
+__all__ = ("Binding", "Session")
 
 #: The echo of a cell; an honest guest cuts it at 20,000 and says so.
 _MAX_ECHO_CHARS: Final = 20_100
 
 
 @dataclass(frozen=True, slots=True)
-class _Binding:
+class Binding:
     """How to make one binding again in a fresh guest."""
 
     target: Any
@@ -82,7 +82,7 @@ class Session(abc.ABC):
         self._running = False
         self._handles = self._new_handles()
         self._pool = HostPool()
-        self._bindings: dict[str, _Binding] = {}
+        self._bindings: dict[str, Binding] = {}
         self._known_names: list[str] = []
         self._cell = 0
         self._protected = False
@@ -231,7 +231,7 @@ class Session(abc.ABC):
     def bind(self, name: str, target: Any, *, inline: bool = False, errors: tuple[type[BaseException], ...] = ()) -> None:
         """See `REPLProtocol.bind`."""
         checked_name(name)
-        binding = _Binding(target, inline, errors)
+        binding = Binding(target, inline, errors)
         with self._call():
             self._bind(name, binding)
             self._bindings[name] = binding
@@ -462,7 +462,7 @@ class Session(abc.ABC):
         setup = self._config.setup.encode("utf-8", "backslashreplace").decode()  # lone surrogates are not source code
         self._plain_turn(Configure(self._limits.output_bytes, self._limits.value_bytes, setup))
 
-    def _bind(self, name: str, binding: _Binding) -> None:
+    def _bind(self, name: str, binding: Binding) -> None:
         if self._bind_text(name, binding.target):
             return
         mark = self._handles.mark()

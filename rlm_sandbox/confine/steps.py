@@ -39,6 +39,9 @@ _MAX_DESCRIPTORS: Final = 256
 _ADDRESS_SPACE_SLACK_MB: Final = 1024
 #: The same where the address space is what bounds memory: the stacks of 64 threads, and as much again.
 _PLAIN_SLACK_MB: Final = 64
+#: Copies of a session below one supervisor, and states they keep: see `runners.branches`.
+_MOST_SESSIONS: Final = 8
+_MOST_KEPT: Final = 64
 _MB: Final = 1024 * 1024
 
 
@@ -156,12 +159,15 @@ def _resource_limits(plan: SessionConfinement) -> None:
     ]
     if plan.disk_mb is not None:
         hard.append((resource.RLIMIT_FSIZE, plan.disk_mb * _MB))
-    if plan.tasks is not None:
-        hard.append((resource.RLIMIT_NPROC, plan.tasks + 3))  # supervisor, standby, and the next standby before this one goes
     if plan.memory_mb is not None:
         hard.append((resource.RLIMIT_DATA, plan.base_data + plan.memory_mb * _MB))
     for which, value in hard:
         resource.setrlimit(which, (value, value))
+    if plan.tasks is not None:
+        # On top come the supervisor, the standby, and the next standby before that one goes. The soft limit is moved by the
+        # supervisor for what the host asks it to keep beside them.
+        tasks = plan.tasks + 3
+        resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks * _MOST_SESSIONS + _MOST_KEPT))
     if plan.memory_mb is not None:
         # The hard limit stays open so that the host, and only the host, can add the size of a mapped context: seccomp
         # refuses a guest every prlimit that sets something.

@@ -31,7 +31,7 @@ from ..confine.steps import InputUnreadable, confine_worker, seal_worker
 from . import control, worker
 from .processes import ByPidfd, Process
 
-__all__ = ("CANNOT", "HELLO", "LISTENER", "Supervisor", "main")
+__all__ = ("CANNOT", "HELLO", "LISTENER", "Supervisor", "descriptors", "kill", "main", "read_notification", "respond", "wait")
 
 #: A worker whose standby has not said hello by then has been tampered with: it is killed, and the older standby, of
 #: the state before the cell that did it, is what is left.
@@ -100,7 +100,7 @@ class Supervisor:
         """Tell the host that the first worker is there, with handles to it and to us, where the kernel has such."""
         assert self._worker is not None
         ready = {"op": "ready", "worker": self._worker.pid}
-        control.send(self._host, ready, _descriptors(self._process(os.getpid()), self._worker))
+        control.send(self._host, ready, descriptors(self._process(os.getpid()), self._worker))
 
     def _process(self, pid: int) -> Process:
         return ByPidfd(pid)
@@ -140,8 +140,11 @@ class Supervisor:
         if not self._worker:
             return
         self._kill_worker(self._worker)
-        _, status, usage = os.wait4(self._worker.pid, 0)
-        self._death = {"status": status, "cpu": usage.ru_utime + usage.ru_stime, "maxrss_kb": usage.ru_maxrss}
+        try:
+            _, status, usage = os.wait4(self._worker.pid, 0)
+            self._death = {"status": status, "cpu": usage.ru_utime + usage.ru_stime, "maxrss_kb": usage.ru_maxrss}
+        except ChildProcessError:  # a copy's worker, and the one that forked it lives: that one is told
+            self._death = {}
         self._death["oom"] = self._killed_for_memory()
         self._worker.close()
         self._worker = None
@@ -160,13 +163,13 @@ class Supervisor:
 
     def _drop_standby(self) -> None:
         if self._standby:
-            _kill(self._standby)
+            kill(self._standby)
             self._standby = None
 
     def _drop_newborn(self) -> None:
         """Kill a child that left the worker's group and did not become the standby: no group sweep would find it."""
         if self._newborn:
-            _kill(self._newborn)
+            kill(self._newborn)
             self._newborn = None
 
     def _reap_orphans(self) -> None:
@@ -176,9 +179,13 @@ class Supervisor:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if found is None or found.si_pid in [process.pid for process in (self._worker, self._standby) if process]:
+            if found is None or found.si_pid in self._known_pids():
                 return
             os.waitpid(found.si_pid, 0)
+
+    def _known_pids(self) -> list[int]:
+        """Processes whose end is dealt with elsewhere."""
+        return [process.pid for process in (self._worker, self._standby) if process]
 
     # ---- orders of the host
 
@@ -193,13 +200,17 @@ class Supervisor:
             self._drop_standby()
             if self._birth is not None:
                 self._birth.close()
-                if self._listener >= 0:
-                    os.close(self._listener)
+                self._close_listener()
             self.start_worker(data_fd, generation)
         self._reap_orphans()
         assert self._worker is not None
         message = {"op": "recovered", "state": state, "worker": self._worker.pid, **self._death}
-        control.send(self._host, message, _descriptors(self._worker))
+        control.send(self._host, message, descriptors(self._worker))
+
+    def _close_listener(self) -> None:
+        if self._listener >= 0:
+            os.close(self._listener)
+            self._listener = -1
 
     def grow_address_space(self, size: int) -> None:
         """Make room for a mapped context. Only the soft limit moves; seccomp keeps the worker from doing it."""
@@ -251,11 +262,10 @@ class Supervisor:
 
     # ---- events
 
-    def on_birth(self) -> None:
-        """A message on the birth socket while a ticket is open."""
-        assert self._birth is not None
+    def on_birth(self, birth: socket.socket) -> None:
+        """A message on a birth socket while a ticket is open."""
         try:
-            text, ancillary, _flags, _ = self._birth.recvmsg(16, socket.CMSG_SPACE(_CREDENTIALS.size))
+            text, ancillary, _flags, _ = birth.recvmsg(16, socket.CMSG_SPACE(_CREDENTIALS.size))
         except BlockingIOError:
             return
         sender = 0
@@ -288,23 +298,10 @@ class Supervisor:
 
     def on_notification(self) -> None:
         """A system call of a guest waits for our word."""
-        buffer = bytearray(_NOTIFICATION.size)
-        # If the caller dies between poll and here, the ioctl would wait for the next notification.
-        signal.setitimer(signal.ITIMER_REAL, _RECEIVE_SECONDS, _RECEIVE_SECONDS)
-        try:
-            fcntl.ioctl(self._listener, _NOTIF_RECV, buffer, True)
-        except OSError:
-            return
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        identity, caller, _flags, number, _arch, _ip, *args = _NOTIFICATION.unpack(buffer)
-        allowed = self._allows(_NAMES.get(number, ""), caller, args)
-        # Every argument looked at is a register, so the kernel goes on with exactly what was judged.
-        response = _RESPONSE.pack(identity, 0, 0 if allowed else -errno.EPERM, _CONTINUE if allowed else 0)
-        try:
-            fcntl.ioctl(self._listener, _NOTIF_SEND, bytearray(response), True)
-        except OSError:
-            pass  # the caller is gone
+        notification = read_notification(self._listener)
+        if notification is not None:
+            identity, caller, name, args = notification
+            respond(self._listener, identity, self._allows(name, caller, args))
 
     def _allows(self, name: str, caller: int, args: list[int]) -> bool:
         worker = self._worker.pid if self._worker else 0
@@ -333,36 +330,55 @@ class Supervisor:
     def serve(self) -> None:
         """Answer host, kernel and worker until the host is gone."""
         while True:
-            if self._ticket_until and time.monotonic() >= self._ticket_until:
-                self._fail_ticket("no standby within its time")
             poll = select.poll()
-            poll.register(self._host, select.POLLIN)
-            self._register_processes(poll)
-            if self._ticket_until and self._birth is not None:
-                poll.register(self._birth, select.POLLIN)
-            deadlines = [until for until in (self._ticket_until, self._session_until) if until]
-            left = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-            # At most an hour at once: the poll call takes milliseconds as a C int, which 25 days overflow.
-            timeout = None if left is None else min(left, 3_600.0) * 1000
-            ready = {fd for fd, _ in poll.poll(timeout)}
-            if self._session_until is not None and time.monotonic() >= self._session_until:
+            self.register(poll)
+            if not self.react(wait(poll, self.deadlines())):
                 return
-            # The host first: its ticket was sent before it told the worker to fork.
-            if self._host.fileno() in ready:
-                if not self.on_order():
-                    return
-                continue
-            if self._ticket_until and self._birth is not None and self._birth.fileno() in ready:
-                self.on_birth()
-            if self._worker and self._worker_ended(self._worker, ready):
-                self._bury_worker()
-                control.send(self._host, {"op": "died", **self._death})
-                continue
-            if self._standby and self._standby.fd in ready:
-                self._drop_standby()  # the kernel killed it (memory)
-                control.send(self._host, {"op": "standby_died"})
-            if self._worker and self._listener in ready:
-                self.on_notification()
+
+    def register(self, poll: select.poll) -> None:
+        """Everything that may have something to say."""
+        poll.register(self._host, select.POLLIN)
+        self._register_processes(poll)
+        if self._ticket_until:
+            for birth in self._births():
+                poll.register(birth, select.POLLIN)
+
+    def deadlines(self) -> list[float]:
+        """When we must look although nobody says anything."""
+        return [until for until in (self._ticket_until, self._session_until) if until]
+
+    def react(self, ready: set[int]) -> bool:
+        """Deal with what is ready. False when the session is over."""
+        now = time.monotonic()
+        if self._session_until is not None and now >= self._session_until:
+            return False
+        # The host first: its ticket was sent before it told the worker to fork.
+        if self._host.fileno() in ready:
+            return self.on_order()
+        if self._ticket_until and now >= self._ticket_until:
+            self._fail_ticket("no standby within its time")
+            return True
+        if self._ticket_until:
+            for birth in self._births():
+                if birth.fileno() in ready and self._ticket_until:
+                    self.on_birth(birth)
+        if self._worker and self._worker_ended(self._worker, ready):
+            self._bury_worker()
+            control.send(self._host, {"op": "died", **self._death})
+            return True
+        if self._standby and self._standby.fd in ready:
+            self._drop_standby()  # the kernel killed it (memory)
+            control.send(self._host, {"op": "standby_died"})
+        self._hear_kernel(ready)
+        return True
+
+    def _births(self) -> list[socket.socket]:
+        """Where the worker and its child speak to us while a ticket is open."""
+        return [self._birth] if self._birth is not None else []
+
+    def _hear_kernel(self, ready: set[int]) -> None:
+        if self._worker and self._listener in ready:
+            self.on_notification()
 
     def _register_processes(self, poll: select.poll) -> None:
         if self._worker:
@@ -381,28 +397,63 @@ class Supervisor:
             return False
         message, fds = request
         try:
-            if message["op"] == "ticket":
-                self.open_ticket()
-            elif message["op"] in ("recover", "fresh"):
-                self.recover(fds[0], int(message["generation"]), fresh=message["op"] == "fresh")
-            elif message["op"] == "grow":
-                self.grow_address_space(int(message["bytes"]))
-            elif message["op"] == "clock":
-                self._session_until = None if message["seconds"] is None else time.monotonic() + float(message["seconds"])
-            elif message["op"] == "stopped":
-                self.on_stopped()
-            else:
-                return False
+            return self._obey(message, fds)
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _obey(self, message: control.Message, fds: list[int]) -> bool:
+        """Carry out an order. False if there is no such order."""
+        if message["op"] == "ticket":
+            self.open_ticket()
+        elif message["op"] in ("recover", "fresh"):
+            self.recover(fds[0], int(message["generation"]), fresh=message["op"] == "fresh")
+        elif message["op"] == "grow":
+            self.grow_address_space(int(message["bytes"]))
+        elif message["op"] == "clock":
+            self._session_until = None if message["seconds"] is None else time.monotonic() + float(message["seconds"])
+        elif message["op"] == "stopped":
+            self.on_stopped()
+        else:
+            return False
         return True
 
     def on_stopped(self) -> None:
         """The worker has been stopped between turns."""
 
 
-def _kill(process: Process) -> None:
+def read_notification(listener: int) -> tuple[int, int, str, list[int]] | None:
+    """A system call that waits: its id, the calling thread, its name and its arguments. None if its caller is gone."""
+    buffer = bytearray(_NOTIFICATION.size)
+    # If the caller dies between poll and here, the ioctl would wait for the next notification.
+    signal.setitimer(signal.ITIMER_REAL, _RECEIVE_SECONDS, _RECEIVE_SECONDS)
+    try:
+        fcntl.ioctl(listener, _NOTIF_RECV, buffer, True)
+    except OSError:
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    identity, caller, _flags, number, _arch, _ip, *args = _NOTIFICATION.unpack(buffer)
+    return identity, caller, _NAMES.get(number, ""), args
+
+
+def respond(listener: int, identity: int, allowed: bool) -> None:
+    """Let a system call go on, or fail it. Every argument looked at is a register: the kernel goes on with what was judged."""
+    response = _RESPONSE.pack(identity, 0, 0 if allowed else -errno.EPERM, _CONTINUE if allowed else 0)
+    try:
+        fcntl.ioctl(listener, _NOTIF_SEND, bytearray(response), True)
+    except OSError:
+        pass  # the caller is gone
+
+
+def wait(poll: select.poll, deadlines: list[float]) -> set[int]:
+    """The descriptors that are ready by the first of the deadlines."""
+    left = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+    # At most an hour at once: the poll call takes milliseconds as a C int, which 25 days overflow.
+    return {fd for fd, _ in poll.poll(None if left is None else min(left, 3_600.0) * 1000)}
+
+
+def kill(process: Process) -> None:
     try:
         process.signal(signal.SIGKILL)
     except ProcessLookupError:
@@ -410,7 +461,7 @@ def _kill(process: Process) -> None:
     process.close()
 
 
-def _descriptors(*processes: Process) -> tuple[int, ...]:
+def descriptors(*processes: Process) -> tuple[int, ...]:
     return tuple(process.fd for process in processes if process.fd >= 0)
 
 

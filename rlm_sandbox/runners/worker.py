@@ -37,6 +37,8 @@ _CHUNK: Final = 1 << 16
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _DESCRIPTOR_SPACE: Final = socket.CMSG_SPACE(4)
 _THREAD_STACK: Final = 512 * 1024
+#: A standby is woken with a data channel, and with two output pipes if it becomes a copy of its session.
+_WAKING_SPACE: Final = socket.CMSG_SPACE(3 * 4)
 HELLO: Final = b"H"
 CANNOT: Final = b"F"
 
@@ -209,18 +211,22 @@ class _Worker:
         _setpgid(0, 0)
         self._session.after_fork()
         self._birth.send(HELLO)
-        data_fds: list[int] = []
-        while not data_fds:  # what was meant for the worker before us brings no descriptor
-            text, ancillary, _, _ = self._birth.recvmsg(16, socket.CMSG_SPACE(4), _CLOEXEC)
+        fds: list[int] = []
+        while not fds:  # what was meant for the worker before us brings no descriptor
+            text, ancillary, _, _ = self._birth.recvmsg(16, _WAKING_SPACE, _CLOEXEC)
             if not text:
                 os._exit(0)
-            data_fds = [
-                struct.unpack("=i", raw[:4])[0]
+            fds = [
+                fd
                 for level, kind, raw in ancillary
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+                for (fd,) in struct.iter_unpack("=i", raw)
             ]
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        self._transport.replace(data_fds[0])
+        for target, fd in zip((1, 2), fds[1:], strict=False):  # a copy of a session prints elsewhere
+            os.dup2(fd, target)
+            os.close(fd)
+        self._transport.replace(fds[0])
         self._hello()
 
     def _rehearse(self) -> None:

@@ -21,6 +21,7 @@ from ..confine import landlock
 from ..confine.places import GUEST_PACKAGES
 from ..confine.steps import Input, SessionConfinement, confine_supervisor
 from . import control, supervisor, worker
+from .branches import Branch
 from .preloaded import PRELOADED
 
 __all__ = ("ARENAS", "main", "own_sizes")
@@ -133,7 +134,7 @@ def _spawn(message: control.Message, fds: list[int], proc: int, host: socket.soc
             host.close()
             os.close(own)
             keep = {proc, *fds[_CHANNELS:]}
-            supervisor.main(lambda: confine_supervisor(plan, proc), keep, fds[:_CHANNELS], message["seconds"])
+            supervisor.main(lambda: confine_supervisor(plan, proc), keep, fds[:_CHANNELS], message["seconds"], Branch)
         finally:
             os._exit(1)
     raw.setns(own, raw.CLONE_NEWPID)

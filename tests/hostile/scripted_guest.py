@@ -259,6 +259,8 @@ class ScriptedGuest:
 
     def request_protection(self) -> None: ...
 
+    def drop_standby(self) -> None: ...
+
     def recover(self, *, fresh: bool) -> Recovery:
         self.data.close()
         with self.lock:

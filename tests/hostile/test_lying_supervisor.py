@@ -372,7 +372,7 @@ def jail(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[FakeSu
     def make(answers: Callable[[FakeSupervisor, bytes], None]) -> tuple[JailGuest, FakeSupervisor]:
         supervisor = FakeSupervisor(answers)
         made.append(supervisor)
-        guest = JailGuest(supervisor, Limits())  # type: ignore[arg-type]
+        guest = JailGuest(supervisor, Limits())
         made.append(guest)
         return guest, supervisor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ...bridge.framed import FramedSession
+from ...bridge.copying import CopyingSession
 from ...confine import landlock
 from ...confine.places import GUEST_INPUT
 from ...errors import BackendUnavailable
@@ -73,6 +73,7 @@ class JailBackend:
             context_route="mapped",
             files=True,
             packages=True,
+            fork=True,
             guest_threads=True,
             host_memory_worst_mb=worst,
             layers=_LAYERS | ({"Landlock"} if landlock.abi() else set()),
@@ -87,7 +88,7 @@ class JailBackend:
     def open(self, config: SessionConfig) -> REPLProtocol:
         """Open a session."""
         check_inputs(config.files)
-        return FramedSession(lambda: _start(config), config, self.capabilities(config))
+        return CopyingSession(lambda: _start(config), config, self.capabilities(config))
 
 
 def _start(config: SessionConfig) -> JailGuest:

@@ -6,10 +6,12 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Protocol
 
 from ...bridge.guest import Death, GuestLost, Recovery, Report
 from ...context import Context
@@ -18,7 +20,6 @@ from ...registry import SessionConfig
 from ...results import Stream
 from ...runners import control
 from .inputs import input_mounts
-from .launch import Zygote
 
 __all__ = ("JailGuest",)
 
@@ -29,6 +30,8 @@ _CLOCK_SLACK_SECONDS: Final = 45.0
 _START_SECONDS: Final = 10.0
 #: Waking a standby or forking a worker takes about 1.5 ms, with 1 GB of small objects about 60 ms.
 _RECOVER_SECONDS: Final = 5.0
+#: What a supervisor says instead of doing what it was told.
+_REFUSALS: Final = ("refused", "gone")
 #: Linux makes a process's CPU clock id from its pid: ~pid << 3 | CPUCLOCK_SCHED.
 _CPUCLOCK_SCHED: Final = 2
 #: Field of /proc/PID/statm that counts data and stack, in pages; what RLIMIT_DATA bounds is at most that.
@@ -47,14 +50,45 @@ def _host_pid(pidfd: int) -> int:
     raise GuestLost("a pidfd has no pid")
 
 
+class _Refused(Exception):
+    """The supervisor did not do it; nothing has changed."""
+
+
+class _Spawner(Protocol):
+    """What brings a worker to life: a zygote, or the supervisor of the session that is copied."""
+
+    def spawn(self, settings: dict[str, Any], fds: tuple[int, ...]) -> None: ...
+
+
+class _Family:
+    """How many guests one supervisor has. Thread-safe: copies of a session are used and closed apart."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def join(self) -> None:
+        """One more."""
+        with self._lock:
+            self._count += 1
+
+    def leave(self) -> bool:
+        """One less. True for the last."""
+        with self._lock:
+            self._count -= 1
+            return self._count == 0
+
+
 class JailGuest:
     """A guest in the jail. Not thread-safe: its session is."""
 
     maps_contexts = True
 
-    def __init__(self, zygote: Zygote, config: SessionConfig) -> None:
+    def __init__(self, zygote: _Spawner, config: SessionConfig, family: _Family | None = None) -> None:
         limits = config.limits
+        self._config = config
         self._closed = False
+        self._family = family or _Family()
         self._owner = os.getpid()
         self._zygote = zygote
         self._generation = 1
@@ -89,6 +123,7 @@ class JailGuest:
                     "jail", f"the kernel refused a step ({message.get('error', 'unknown')})", "run: rlm-sandbox doctor"
                 )
             self._supervisor = fds[0]
+            self._family.join()
             self._take_worker(fds[1])
         except GuestLost as exc:
             self.close()
@@ -174,8 +209,19 @@ class JailGuest:
         except OSError as exc:
             raise GuestLost(f"the supervisor is gone ({exc.strerror})") from None
 
+    def drop_standby(self) -> None:
+        """See `Guest.drop_standby`."""
+        self._order({"op": "drop"})
+
     def recover(self, *, fresh: bool) -> Recovery:
         """See `Guest.recover`."""
+        recovery = self._replaced({"op": "fresh" if fresh else "recover"}, ())
+        if recovery is None:
+            raise GuestLost("the supervisor has lost its way")
+        return recovery
+
+    def _replaced(self, order: control.Message, outputs: tuple[int, ...]) -> Recovery | None:
+        """Another worker by ``order``, with a new data channel; None if there is none to be had and nothing has changed."""
         self._generation += 1
         try:
             mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -183,9 +229,11 @@ class JailGuest:
             raise GuestLost(f"there is no channel for a new worker ({exc.strerror})") from exc
         mine.setblocking(False)
         try:
-            op = "fresh" if fresh else "recover"
-            self._order({"op": op, "generation": self._generation}, (theirs.fileno(),))
+            self._order({**order, "generation": self._generation}, (theirs.fileno(), *outputs))
             message, fds = self._answer("recovered", 1, _RECOVER_SECONDS)
+        except _Refused:
+            mine.close()
+            return None
         except BaseException:
             mine.close()
             raise
@@ -203,11 +251,54 @@ class JailGuest:
             message, fds = self._receive(left)
             if message["op"] == op and len(fds) == count:
                 return message, fds
+            if message["op"] in _REFUSALS and not fds:
+                raise _Refused(message["op"])
             for fd in fds:
                 os.close(fd)
             if message["op"] == "died" and op != "recovered":
                 raise GuestLost("the worker died")
         raise GuestLost("the supervisor did not answer in time")
+
+    # ---- copies
+
+    def branch(self) -> JailGuest:
+        """See `CopyingGuest.branch`."""
+        try:
+            return JailGuest(_BranchOf(self), replace(self._config, files={}), self._family)  # its inputs are there already
+        except (BackendUnavailable, _Refused) as exc:
+            raise GuestLost(f"there is no room for a copy ({exc})") from None
+
+    def keep(self, key: int) -> None:
+        """See `CopyingGuest.keep`."""
+        self._order({"op": "keep", "key": key})
+        try:
+            self._answer("kept", 0, _RECOVER_SECONDS)
+        except _Refused:
+            raise GuestLost("the supervisor has nothing to keep, or no room for it") from None
+
+    def forget(self, key: int) -> None:
+        """See `CopyingGuest.forget`."""
+        self._order({"op": "forget", "key": key})
+
+    def take_over(self, key: int | None) -> Recovery | None:
+        """See `CopyingGuest.take_over`. Whoever holds the old outputs writes to nobody."""
+        try:
+            pipes = _pipes(2)
+        except OSError as exc:
+            raise GuestLost(f"there are no pipes for its output ({exc.strerror})") from exc
+        out_read, out_write, err_read, err_write = pipes
+        kept: tuple[int, ...] = (out_read, err_read)
+        try:
+            for fd in kept:
+                os.set_blocking(fd, False)
+            order: control.Message = {"op": "recover"} if key is None else {"op": "recover", "key": key}
+            recovery = self._replaced(order, (out_write, err_write))
+            if recovery is not None:
+                kept, self.outputs = tuple(self.outputs), {out_read: "stdout", err_read: "stderr"}
+        finally:
+            for fd in (*kept, out_write, err_write):
+                os.close(fd)
+        return recovery
 
     # ---- signals and measurements
 
@@ -277,9 +368,11 @@ class JailGuest:
         self._zygote.count(-1)
         # In a forked child of the host the guest is still the parent's.
         if self._supervisor >= 0 and self._owner == os.getpid():
+            # The last one of those copied from one another; for another one the supervisor sees the end of its socket.
+            target = self._supervisor if self._family.leave() else self._worker
             try:
-                signal.pidfd_send_signal(self._supervisor, signal.SIGKILL)
-                _is_readable(self._supervisor, 2.0)
+                signal.pidfd_send_signal(target, signal.SIGKILL)
+                _is_readable(target, 2.0)
             except OSError:
                 pass
         self.data.close()
@@ -290,6 +383,31 @@ class JailGuest:
         self._supervisor = self._worker = self._statm = -1
 
 
+class _BranchOf:
+    """The supervisor of ``guest``, which makes a session of its standby."""
+
+    def __init__(self, guest: JailGuest) -> None:
+        self._guest = guest
+
+    def spawn(self, settings: dict[str, Any], fds: tuple[int, ...]) -> None:
+        """See `_Spawner`."""
+        self._guest._order({"op": "branch", "seconds": settings["seconds"]}, fds)
+        self._guest._answer("branched", 0, _RECOVER_SECONDS)
+
+
+def _pipes(count: int) -> list[int]:
+    """Both ends of each. Raises OSError and leaves none."""
+    found: list[int] = []
+    try:
+        for _ in range(count):
+            found += os.pipe()
+    except OSError:
+        for fd in found:
+            os.close(fd)
+        raise
+    return found
+
+
 def _channels() -> tuple[list[socket.socket], list[int]]:
     """Both ends of the data and the control channel, and of two output pipes."""
     sockets: list[socket.socket] = []
@@ -297,13 +415,10 @@ def _channels() -> tuple[list[socket.socket], list[int]]:
     try:
         for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
             sockets += socket.socketpair(socket.AF_UNIX, kind)
-        for _ in range(2):
-            pipes += os.pipe()
+        pipes = _pipes(2)
     except OSError as exc:
         for sock in sockets:
             sock.close()
-        for fd in pipes:
-            os.close(fd)
         raise BackendUnavailable(
             "jail", f"this process cannot open a channel ({exc.strerror})", "close sessions, or raise the limit: ulimit -n"
         ) from exc
