@@ -100,9 +100,6 @@ class Guest(Protocol):
     def request_protection(self) -> None:
         """Grant the ticket for one standby. The caller then tells the worker to fork, and waits for a report."""
 
-    def drop_standby(self) -> None:
-        """Give up the standby, whose memory is needed; a report follows if there was one."""
-
     def recover(self, *, fresh: bool) -> Recovery:
         """Kill the worker, and have the standby or an empty worker in its place. Raises `GuestLost` if that fails."""
 
@@ -112,6 +109,9 @@ class Guest(Protocol):
 
 class CopyingGuest(Guest, Protocol):
     """A guest whose recovery points can also become sessions of their own, and be kept to go back to."""
+
+    def drop_standby(self) -> None:
+        """Give up the standby, whose memory is needed; a report follows if there was one."""
 
     def branch(self) -> CopyingGuest:
         """The standby as a guest of its own, which the caller closes. Raises `GuestLost` if it cannot be had; this one goes on."""

@@ -259,8 +259,6 @@ class ScriptedGuest:
 
     def request_protection(self) -> None: ...
 
-    def drop_standby(self) -> None: ...
-
     def recover(self, *, fresh: bool) -> Recovery:
         self.data.close()
         with self.lock:

@@ -167,9 +167,6 @@ class DockerGuest:
         """See `Guest.request_protection`."""
         self._order({"op": "ticket"})
 
-    def drop_standby(self) -> None:
-        """See `Guest.drop_standby`. The engine's memory limit is the container's, and it kills by itself."""
-
     def recover(self, *, fresh: bool) -> Recovery:
         """See `Guest.recover`."""
         self._generation += 1

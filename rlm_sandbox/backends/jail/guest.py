@@ -210,7 +210,7 @@ class JailGuest:
             raise GuestLost(f"the supervisor is gone ({exc.strerror})") from None
 
     def drop_standby(self) -> None:
-        """See `Guest.drop_standby`."""
+        """See `CopyingGuest.drop_standby`."""
         self._order({"op": "drop"})
 
     def recover(self, *, fresh: bool) -> Recovery:
