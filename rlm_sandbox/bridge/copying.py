@@ -132,6 +132,7 @@ class CopyingSession(FramedSession):
             moment = self._checkpoints.get(checkpoint) if isinstance(checkpoint, str) else None
             if moment is None:
                 raise ValueError("there is no such checkpoint of this session; take one with checkpoint()")
+            self._check_descriptors()
             self._prepare()
             if self._checkpoints.get(checkpoint) is not moment:
                 raise self._not_copied("the checkpoint was lost with its guest")
@@ -160,6 +161,7 @@ class CopyingSession(FramedSession):
         Raises:
             GuestCrashed: the kernel does not give us one.
         """
+        self._check_descriptors()
         self._prepare(protect=True)
         try:
             if not self._has_standby or self._stale:
@@ -169,6 +171,12 @@ class CopyingSession(FramedSession):
             raise self._not_copied(str(exc), state="lost") from None
         if not self._has_standby:
             raise self._not_copied("the kernel gives no process for it: memory_mb or processes is used up")
+
+    def _check_descriptors(self) -> None:
+        try:
+            self._guest.check_descriptors()
+        except GuestLost as exc:
+            raise self._not_copied(str(exc)) from None
 
     def _make_standby(self) -> None:
         self._guest.wake()
@@ -222,7 +230,7 @@ class CopyingSession(FramedSession):
 
     def _not_copied(self, why: str, *, state: str | None = None) -> GuestCrashed:
         state = state or self._pending_state
-        return GuestCrashed(f"this could not be done ({why}); the session's state is {state}", state=state)
+        return GuestCrashed(f"this could not be done: {why}; the session's state is {state}", state=state)
 
     def _rebuild(self) -> None:
         self._checkpoints.clear()  # their processes went with the guest

@@ -113,6 +113,9 @@ class CopyingGuest(Guest, Protocol):
     def drop_standby(self) -> None:
         """Give up the standby, whose memory is needed; a report follows if there was one."""
 
+    def check_descriptors(self) -> None:
+        """Raises `GuestLost` if this process has too few for what follows here; nothing has changed then."""
+
     def branch(self) -> CopyingGuest:
         """The standby as a guest of its own, which the caller closes. Raises `GuestLost` if it cannot be had; this one goes on."""
 

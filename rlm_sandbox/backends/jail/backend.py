@@ -97,9 +97,9 @@ def _start(config: SessionConfig) -> JailGuest:
     try:
         return JailGuest(zygote, config)
     except BackendUnavailable:
-        if zygote.ends_soon():
-            return JailGuest(_zygote(config), config)
-        raise
+        if zygote.alive:
+            raise
+    return JailGuest(_zygote(config), config)
 
 
 def _zygote(config: SessionConfig) -> Zygote:

@@ -30,6 +30,11 @@ _CLOCK_SLACK_SECONDS: Final = 45.0
 _START_SECONDS: Final = 10.0
 #: Waking a standby or forking a worker takes about 1.5 ms, with 1 GB of small objects about 60 ms.
 _RECOVER_SECONDS: Final = 5.0
+_MORE_DESCRIPTORS: Final = "close sessions, or raise the limit: ulimit -n"
+#: Descriptors that a session's start needs beside its channels: two processes, and a look into /proc.
+_TO_COME: Final = 4
+#: And what a copy of a session needs in all, its own channels and the new ones of the original.
+_FOR_A_COPY: Final = 24
 #: What a supervisor says instead of doing what it was told.
 _REFUSALS: Final = ("refused", "gone")
 #: Linux makes a process's CPU clock id from its pid: ~pid << 3 | CPUCLOCK_SCHED.
@@ -137,11 +142,15 @@ class JailGuest:
             os.close(out_write)
             os.close(err_write)
 
-    def _take_worker(self, pidfd: int) -> None:
+    def _let_go(self) -> None:
+        """Close what names the present worker."""
         for fd in (self._worker, self._statm):
             if fd >= 0:
                 os.close(fd)
-        self._statm = -1
+        self._worker = self._statm = -1
+
+    def _take_worker(self, pidfd: int) -> None:
+        self._let_go()
         self._worker = pidfd
         self._worker_pid = _host_pid(pidfd)
 
@@ -215,6 +224,9 @@ class JailGuest:
 
     def recover(self, *, fresh: bool) -> Recovery:
         """See `Guest.recover`."""
+        # What belongs to the worker that is given up goes first: a host without a descriptor left can still recover.
+        self.data.close()
+        self._let_go()
         recovery = self._replaced({"op": "fresh" if fresh else "recover"}, ())
         if recovery is None:
             raise GuestLost("the supervisor has lost its way")
@@ -268,6 +280,10 @@ class JailGuest:
         except (BackendUnavailable, _Refused) as exc:
             raise GuestLost(f"there is no room for a copy ({exc})") from None
 
+    def check_descriptors(self) -> None:
+        """See `CopyingGuest.check_descriptors`."""
+        _check_descriptors(_FOR_A_COPY)
+
     def keep(self, key: int) -> None:
         """See `CopyingGuest.keep`."""
         self._order({"op": "keep", "key": key})
@@ -283,10 +299,9 @@ class JailGuest:
     def take_over(self, key: int | None) -> Recovery | None:
         """See `CopyingGuest.take_over`. Whoever holds the old outputs writes to nobody."""
         try:
-            pipes = _pipes(2)
+            out_read, out_write, err_read, err_write = _pipes(2)
         except OSError as exc:
             raise GuestLost(f"there are no pipes for its output ({exc.strerror})") from exc
-        out_read, out_write, err_read, err_write = pipes
         kept: tuple[int, ...] = (out_read, err_read)
         try:
             for fd in kept:
@@ -395,6 +410,20 @@ class _BranchOf:
         self._guest._answer("branched", 0, _RECOVER_SECONDS)
 
 
+def _check_descriptors(count: int) -> None:
+    """Raises `GuestLost` if this process cannot have ``count`` more of them: half of what is wanted would be of no use."""
+    found: list[int] = []
+    try:
+        found += os.pipe()
+        while len(found) < count:
+            found.append(os.dup(found[0]))
+    except OSError as exc:
+        raise GuestLost(f"this process has too few descriptors ({exc.strerror}); {_MORE_DESCRIPTORS}") from None
+    finally:
+        for fd in found:
+            os.close(fd)
+
+
 def _pipes(count: int) -> list[int]:
     """Both ends of each. Raises OSError and leaves none."""
     found: list[int] = []
@@ -416,12 +445,14 @@ def _channels() -> tuple[list[socket.socket], list[int]]:
         for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
             sockets += socket.socketpair(socket.AF_UNIX, kind)
         pipes = _pipes(2)
-    except OSError as exc:
+        _check_descriptors(_TO_COME)
+    except (OSError, GuestLost) as exc:
         for sock in sockets:
             sock.close()
-        raise BackendUnavailable(
-            "jail", f"this process cannot open a channel ({exc.strerror})", "close sessions, or raise the limit: ulimit -n"
-        ) from exc
+        for fd in pipes:
+            os.close(fd)
+        why = exc.strerror if isinstance(exc, OSError) else "too few are left for a session"
+        raise BackendUnavailable("jail", f"this process cannot open a channel ({why})", _MORE_DESCRIPTORS) from None
     return sockets, pipes
 
 

@@ -6,6 +6,7 @@ The zygote is shared by all sessions of this process. If it dies, the next sessi
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import platform
 import re
@@ -63,6 +64,12 @@ def _remedy(error: str, number: int) -> str:
     return "run: rlm-sandbox doctor"
 
 
+def _short_of_descriptors(exc: OSError) -> BackendUnavailable:
+    return BackendUnavailable(
+        _NAME, f"this process cannot open a channel ({exc.strerror})", "close sessions, or raise the limit: ulimit -n"
+    )
+
+
 class Zygote:
     """A running launcher and zygote. Thread-safe."""
 
@@ -85,8 +92,16 @@ class Zygote:
         self._kernel_ids = 0
         self._next_id = 1
         self._spawns = 0
-        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        archive_fd = os.memfd_create("rlm-guest", os.MFD_CLOEXEC)
+        try:
+            self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as exc:
+            raise _short_of_descriptors(exc) from exc
+        try:
+            archive_fd = os.memfd_create("rlm-guest", os.MFD_CLOEXEC)
+        except OSError as exc:
+            self._sock.close()
+            theirs.close()
+            raise _short_of_descriptors(exc) from exc
         try:
             os.write(archive_fd, bundle.guest_archive())
             command = [
@@ -105,6 +120,8 @@ class Zygote:
             )
         except OSError as exc:
             self._sock.close()
+            if exc.errno in (errno.EMFILE, errno.ENFILE):
+                raise _short_of_descriptors(exc) from exc
             raise BackendUnavailable(
                 _NAME, f"this interpreter cannot be started ({exc.strerror})", "use an interpreter that this user may execute"
             ) from exc
@@ -205,16 +222,12 @@ class Zygote:
 
     @property
     def alive(self) -> bool:
-        """Whether the launcher, and so the zygote, still runs and belongs to this process."""
-        return self.owner_pid == os.getpid() and self._process.poll() is None
-
-    def ends_soon(self, seconds: float = 1.0) -> bool:
-        """True if the launcher ends within ``seconds``: its zygote died."""
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
+        """Whether launcher and zygote still run and belong to this process. A zygote's end is seen here before its sessions'."""
+        if self.owner_pid != os.getpid() or self._process.poll() is not None:
             return False
-        return True
+        poll = select.poll()
+        poll.register(self._sock, 0)  # the end of the other side is always told
+        return not poll.poll(0)
 
     def spawn(self, settings: dict[str, Any], fds: tuple[int, ...]) -> None:
         """Have the zygote fork a supervisor. ``fds``: worker's data channel, supervisor's control socket, stdout, stderr, and
