@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from ..registry import SessionConfig
 from .framed import STANDBY_HELLO_SECONDS, FramedSession
 from .guest import CopyingGuest, GuestLost
 from .handles import HandleTable
+from .pressure import own_pressure
 from .session import Binding
+from .turn import Turn
 
 __all__ = ("MAX_CHECKPOINTS", "CopyingSession")
 
@@ -154,6 +157,25 @@ class CopyingSession(FramedSession):
             self._protect_again()
 
     # ---- standbys
+
+    def _begin_turn(self, turn: Turn) -> None:
+        if self._has_standby:
+            turn.relieve_with(self._relieve)
+
+    def _relieve(self) -> None:
+        """Under memory pressure the standby goes first; the supervisor reports that it is gone."""
+        if own_pressure().is_high():
+            self._guest.drop_standby()
+
+    def _protect(self, *, wanted: bool | None = None) -> None:
+        if wanted is None and self._config.recovery and own_pressure().was_high():
+            # The one there is, if any, is of an older state.
+            self._protected, self._has_standby, self._stale = False, False, True
+            with contextlib.suppress(GuestLost):  # the next turn finds out
+                self._guest.drop_standby()
+            self._guest.stop()
+            return
+        super()._protect(wanted=wanted)
 
     def _need_standby(self) -> None:
         """The present state as a standby.

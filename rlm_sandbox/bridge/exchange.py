@@ -43,7 +43,10 @@ _UNKNOWN_DEATH: Final = Death()
 
 @dataclass(slots=True)
 class TurnEnd:
-    """How a turn ended. ``kind``: ``done``; or the guest must be recovered: ``killed``, ``died``, ``violation``."""
+    """How a turn ended. ``kind``: ``done``; or the guest must be recovered: ``killed``, ``died``, ``violation``.
+
+    ``unprotected``: the recovery point it began with was given up, or the kernel took it.
+    """
 
     kind: Literal["done", "killed", "died", "violation"]
     value: Any = None
@@ -56,6 +59,7 @@ class TurnEnd:
     host_interrupted: bool = False
     death: Death = _UNKNOWN_DEATH
     detail: str = ""
+    unprotected: bool = False
     turn_seconds: float = 0.0
     host_calls: int = 0
 

@@ -113,7 +113,15 @@ class FramedSession(Session):
             self._guest, self._handles, self._pool, self._wake, self._readiness,
             limits, capture, self._is_interrupted, self._until, charged,
         )  # fmt: skip
-        return turn.run(message, attachments, beside or ())
+        self._begin_turn(turn)
+        end = turn.run(message, attachments, beside or ())
+        if end.unprotected:
+            self._protected = self._has_standby = False
+            self._stale = True
+        return end
+
+    def _begin_turn(self, turn: Turn) -> None:
+        """The last word before a turn."""
 
     def _abandon_turn(self) -> None:
         self._guest.stop()

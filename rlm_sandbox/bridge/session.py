@@ -394,6 +394,7 @@ class Session(abc.ABC):
             raise ValueError("the cell's source is too long; bind a long text as a Context or set() it") from None
         if end.kind == "done" and not end.read.keys() <= set(read):
             end.kind, end.detail, end.read, end.failure = "violation", "it sent values nobody asked for", {}, None
+        protected = protected and not end.unprotected
         death, peak, cpu_after = end.death, None, None
         if end.kind == "done":
             peak = self._check_memory(end)

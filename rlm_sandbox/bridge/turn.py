@@ -40,6 +40,8 @@ _OUTPUT_CHUNK: Final = 1 << 16
 _NO_CAP: Final = 1 << 40
 #: Reads between two looks at the deadlines, so that a guest that never stops sending cannot keep the loop from them.
 _READS: Final = 16
+#: How often a turn looks whether memory is short.
+_RELIEF_SECONDS: Final = 0.1
 #: The poll call takes milliseconds as a C int.
 _LONGEST_WAIT_SECONDS: Final = 3_600.0
 
@@ -105,6 +107,13 @@ class Turn(Exchange):
         self._outbox_fds: tuple[int, ...] = ()
         self._ended_outputs: set[int] = set()
         self._printed = True
+        self._unprotected = False
+        self._relieve: Callable[[], None] | None = None
+        self._relieve_at = math.inf
+
+    def relieve_with(self, relieve: Callable[[], None]) -> None:
+        """Call this a few times each second of the turn: there is a recovery point that can be given up for its memory."""
+        self._relieve, self._relieve_at = relieve, time.monotonic() + _RELIEF_SECONDS
 
     def run(self, message: Message, attachments: Sequence[Attachment] = (), fds: tuple[int, ...] = ()) -> TurnEnd:
         """Send a request and see its turn through. Never raises for anything the guest does.
@@ -114,6 +123,7 @@ class Turn(Exchange):
         """
         try:
             end = self.measured(self._run(message, list(attachments), fds))
+            end.unprotected = self._unprotected
             if end.kind != "done" or self._printed:
                 self.drain_output()
             return end
@@ -163,6 +173,11 @@ class Turn(Exchange):
         if end is not None:
             return end
         wait = self.wait_seconds(now)
+        if self._relieve is not None:
+            if now >= self._relieve_at:
+                self._relieve()
+                self._relieve_at = now + _RELIEF_SECONDS
+            wait = self._relieve_at - now if wait is None else min(wait, self._relieve_at - now)
         events = self._readiness.look(
             self._guest,
             None if wait is None else math.ceil(min(wait, _LONGEST_WAIT_SECONDS) * 1000),
@@ -202,7 +217,9 @@ class Turn(Exchange):
             report = self._guest.report()
             if report is not None and report.kind == "died":
                 return TurnEnd("died", death=report.death, detail=report.death.why)
-            if report is not None and report.kind != "standby_died":
+            if report is not None and report.kind == "standby_died":
+                self._unprotected, self._relieve = True, None
+            elif report is not None:
                 raise GuestLost("the supervisor reported what nobody asked for")
         return None
 
