@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_pressure_is_seen_on_the_machine_and_in_every_group_above(tmp_path: Path
 def test_a_look_after_every_cell_is_half_a_second_old_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(tmp_path, 2)
     now = 100.0
-    monkeypatch.setattr(pressure.time, "monotonic", lambda: now)
+    monkeypatch.setattr(pressure, "time", SimpleNamespace(monotonic=lambda: now))
     seen = machine.pressure()
     assert not seen.was_high()
     machine.free(10)
