@@ -153,10 +153,13 @@ def test_a_checkpoint_whose_process_is_gone_leaves_the_session_as_it_is(
     wait_until(lambda: len({p.pid for p in processes.alive()} - before) >= 1, "no process is kept")
     worker = hoarder._guest._worker_pid  # type: ignore[attr-defined]
     parent = psutil.Process(worker).ppid()
-    for process in processes.alive():
-        if process.pid not in (worker, parent) and process.ppid() in (worker, parent):
-            os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises((GuestCrashed, ValueError)):
+    victims = {p.pid for p in processes.alive() if p.pid not in (worker, parent) and p.ppid() in (worker, parent)}
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not victims & {process.pid for process in processes.alive()}, "they live")
+    with pytest.raises(GuestCrashed, match="the session's state is kept"):
+        hoarder.restore(point)
+    with pytest.raises(ValueError, match="no such checkpoint"):
         hoarder.restore(point)
     usable(hoarder)
     assert hoarder.get("y") == 5

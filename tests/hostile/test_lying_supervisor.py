@@ -24,6 +24,7 @@ from rlm_sandbox.backends.jail import guest as jail_guest
 from rlm_sandbox.backends.jail.guest import JailGuest
 from rlm_sandbox.bridge import framed
 from rlm_sandbox.bridge.guest import Death, GuestLost, Recovery, Report
+from rlm_sandbox.registry import SessionConfig
 from rlm_sandbox.wire.frames import PROTOCOL_VERSION
 from rlm_sandbox.wire.messages import Configure, Hello
 
@@ -326,7 +327,7 @@ class FakeSupervisor:
         self.sock: socket.socket | None = None
         self.data: socket.socket | None = None
 
-    def spawn(self, settings: dict[str, Any], fds: tuple[int, int, int, int]) -> None:
+    def spawn(self, settings: dict[str, Any], fds: tuple[int, ...]) -> None:
         self.data = socket.socket(fileno=os.dup(fds[0]))
         self.sock = socket.socket(fileno=os.dup(fds[1]))
         self.say(b'{"op": "ready"}', *self.pidfds)
@@ -372,7 +373,7 @@ def jail(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[FakeSu
     def make(answers: Callable[[FakeSupervisor, bytes], None]) -> tuple[JailGuest, FakeSupervisor]:
         supervisor = FakeSupervisor(answers)
         made.append(supervisor)
-        guest = JailGuest(supervisor, Limits())
+        guest = JailGuest(supervisor, SessionConfig())
         made.append(guest)
         return guest, supervisor
 

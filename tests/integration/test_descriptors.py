@@ -58,7 +58,7 @@ _HOST: Final = textwrap.dedent("""
     done = 0
     load_backend("jail").probe()  # an import that cannot open its file is Python's own error
     if what == "cold":
-        launch._shared.close(); launch._shared = None
+        launch._close_all()
     if what != "cold":
         warm = open_repl("jail", limits=limits)
         warm.exec("x = [1]")
@@ -75,7 +75,7 @@ _HOST: Final = textwrap.dedent("""
                 if what != "pool": assert made.exec("1 + 1").value == "2"
                 made.close()
             if what == "cold":
-                if launch._shared: launch._shared.close(); launch._shared = None
+                launch._close_all()
             settled(before)
         elif what == "kill":
             with only(free): result = warm.exec("x = None; import os; os._exit(1)")
