@@ -148,7 +148,8 @@ def test_a_checkpoint_whose_process_is_gone_leaves_the_session_as_it_is(
 ) -> None:
     before = {process.pid for process in processes.alive()}
     point = hoarder.checkpoint()
-    assert hoarder.exec("y = 5").ok  # its standby is there
+    assert hoarder.exec("y = 5").ok
+    assert hoarder.get("y") == 5  # now its standby is there
     # Born before the standby of now: the kernel may take any of them when memory is short.
     wait_until(lambda: len({p.pid for p in processes.alive()} - before) >= 1, "no process is kept")
     worker = hoarder._guest._worker_pid  # type: ignore[attr-defined]
