@@ -327,6 +327,8 @@ class FakeSupervisor:
         self.sock: socket.socket | None = None
         self.data: socket.socket | None = None
 
+    def count(self, change: int) -> None: ...
+
     def spawn(self, settings: dict[str, Any], fds: tuple[int, ...]) -> None:
         self.data = socket.socket(fileno=os.dup(fds[0]))
         self.sock = socket.socket(fileno=os.dup(fds[1]))

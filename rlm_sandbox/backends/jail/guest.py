@@ -64,6 +64,8 @@ class _Spawner(Protocol):
 
     def spawn(self, settings: dict[str, Any], fds: tuple[int, ...]) -> None: ...
 
+    def count(self, change: int) -> None: ...
+
 
 class _Family:
     """How many guests one supervisor has. Thread-safe: copies of a session are used and closed apart."""
@@ -408,6 +410,10 @@ class _BranchOf:
         """See `_Spawner`."""
         self._guest._order({"op": "branch", "seconds": settings["seconds"]}, fds)
         self._guest._answer("branched", 0, _RECOVER_SECONDS)
+
+    def count(self, change: int) -> None:
+        """See `Zygote.count`: a copy is a session of the same zygote."""
+        self._guest._zygote.count(change)
 
 
 def _check_descriptors(count: int) -> None:
