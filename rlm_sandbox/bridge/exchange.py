@@ -124,7 +124,9 @@ class Exchange(abc.ABC):
 
     def check_deadlines(self, now: float) -> TurnEnd | None:
         """What time and interrupts demand now; then the answers that are there go out."""
-        verdict = self._watchdog.check(now, None if self.guest_holds_turn else self._cpu_seconds())
+        # With answers at hand the turn goes back at once, and what other guest threads used is added then.
+        cpu = None if self.guest_holds_turn or self._answers else self._cpu_seconds()
+        verdict = self._watchdog.check(now, cpu)
         if not self._watchdog.ending and (self._host_interrupted or self._is_interrupted()):
             self._interrupt_seen = True
             verdict = self._watchdog.end(now)

@@ -14,6 +14,7 @@ import json
 import re
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any, Final
 
 from .codec import MAX_ATTACHMENTS, Attachment, WireError
@@ -48,7 +49,7 @@ def dump_header(header: Any) -> bytes:
         WireError: it has lone surrogates outside an attachment.
     """
     try:
-        head = _ENCODER.encode(header).encode("utf-8")
+        head = _encode(header).encode("utf-8")
     except ValueError:  # lone surrogates, floats that are not finite
         raise WireError("a header has a text or a number that JSON cannot carry") from None
     if len(head) > MAX_HEADER_BYTES:
@@ -68,9 +69,13 @@ def load_header(head: bytes) -> Any:
     if len(head) > MAX_HEADER_TOKENS and _tokens(head) > MAX_HEADER_TOKENS:
         raise FrameTooLarge("a frame's header has more elements than the protocol allows")
     try:
-        return _decoder().decode(head.decode("utf-8"))
-    except (ValueError, RecursionError):
+        text = head.decode("utf-8")
+        header, end = _decoder().scan_once(text, 0)  # type: ignore[attr-defined]
+    except (ValueError, RecursionError, StopIteration):
         raise WireError("a frame's header is not valid JSON") from None
+    if end != len(text):
+        raise WireError("a frame's header is not valid JSON")
+    return header
 
 
 def dump_frame(header: Any, attachments: list[Attachment], *, max_bytes: int) -> list[bytes]:
@@ -254,8 +259,24 @@ def _short_int(text: str) -> int:
     return int(text)
 
 
-# Made once: a coder for each message would cost more than the message.
-_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+# Made once: a coder for each message would cost more than the message. Headers are trees: nothing in them contains itself.
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False)
+
+
+def _prepared_encoder() -> Callable[[Any], str]:
+    """``_ENCODER.encode`` without making the encoder in C anew each time, which takes longer than its work."""
+    make = getattr(json.encoder, "c_make_encoder", None)
+    sample = ["\u00e9\n", 1, None, True, ["d"], {"a": 0.5}]
+    try:
+        prepared = make(None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)  # type: ignore[misc]
+        if "".join(prepared(sample, 0)) == _ENCODER.encode(sample):
+            return lambda header: "".join(prepared(header, 0))
+    except TypeError:  # another interpreter's
+        pass
+    return _ENCODER.encode
+
+
+_encode: Final = _prepared_encoder()
 _DECODER: Final = json.JSONDecoder(parse_constant=_no_constant)
 _DECODER_OF_SHORT_INTEGERS: Final = json.JSONDecoder(parse_constant=_no_constant, parse_int=_short_int)
 
