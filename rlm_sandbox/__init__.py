@@ -5,7 +5,7 @@ from __future__ import annotations
 from .adapters import FakeAdapter, OpenAIAdapter
 from .asynchronous import AsyncREPL
 from .binding import Exposed, expose
-from .context import Context
+from .context import Context, DataContext
 from .errors import (
     BackendUnavailable,
     GuestCrashed,
@@ -37,6 +37,7 @@ __all__ = (
     "Capabilities",
     "Completion",
     "Context",
+    "DataContext",
     "DockerOptions",
     "ExecResult",
     "Exposed",

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..context import Context, WholeText
+from ..context import Context, DataContext, WholeText
 from ..errors import (
     BackendUnavailable,
     GuestCrashed,
@@ -23,7 +23,7 @@ from ..registry import SessionConfig
 from ..results import LimitHit, State
 from ..wire.codec import Attachment, Encoder
 from ..wire.frames import dump_frame
-from ..wire.messages import BindText, Message, Protect, ReadFile, dump_message
+from ..wire.messages import BindData, BindText, Message, Protect, ReadFile, dump_message
 from .capture import Capture
 from .exchange import TurnEnd
 from .guest import Death, Guest, GuestLost
@@ -194,6 +194,8 @@ class FramedSession(Session):
         return cpu_now - before
 
     def _bind_text(self, name: str, target: Any) -> bool:
+        if isinstance(target, DataContext):
+            return self._guest.maps_contexts and self._bind_data(name, target)
         whole = isinstance(target, WholeText)
         context = target.context if isinstance(target, WholeText) else target
         if not isinstance(context, Context) or not (self._guest.maps_contexts or whole):
@@ -202,7 +204,18 @@ class FramedSession(Session):
         encoder = Encoder()
         spans = encoder.encode(array("Q", context.spans).tobytes())
         meta = encoder.encode(context.added_metadata)
-        message = BindText(name, whole, stored.chars, stored.width, stored.ascii_only, spans, meta)
+        self._bind_stored(BindText(name, whole, stored.chars, stored.width, stored.ascii_only, spans, meta), encoder, context)
+        return True
+
+    def _bind_data(self, name: str, data: DataContext) -> bool:
+        encoder = Encoder()
+        manifest = encoder.encode(data.manifest)
+        self._bind_stored(BindData(name, data.kind, len(data), manifest), encoder, data)
+        return True
+
+    def _bind_stored(self, message: Message, encoder: Encoder, context: Context | DataContext) -> None:
+        """Send a message with the descriptor of what is to be mapped."""
+        stored = context.memory_file()
         self._prepare()
         try:
             self._guest.grow_address_space(os.fstat(stored.fd).st_size + (1 << 20))
@@ -216,7 +229,6 @@ class FramedSession(Session):
             self._plain_turn(message, encoder.attachments, (fd,))
         finally:
             os.close(fd)
-        return True
 
     # ---- recovery
 

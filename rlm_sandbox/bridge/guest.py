@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from ..context import Context
+from ..context import Context, DataContext
 from ..results import Stream
 
 __all__ = ("CopyingGuest", "Death", "Guest", "GuestLost", "Recovery", "Report")
@@ -94,7 +94,7 @@ class Guest(Protocol):
     def grow_address_space(self, size: int) -> None:
         """Make room for a mapping of ``size`` bytes beside the memory limit."""
 
-    def open_context(self, context: Context) -> int:
+    def open_context(self, context: Context | DataContext) -> int:
         """A descriptor of the context's memory file, which goes beside the message that binds it; the caller closes it."""
 
     def request_protection(self) -> None:

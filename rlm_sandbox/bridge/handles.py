@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..binding import Exposed
-from ..context import CONTEXT_METHODS, CONTEXT_OPERATORS, Context
+from ..context import CONTEXT_METHODS, CONTEXT_OPERATORS, Context, DataContext
 from ..wire.codec import MAX_ELEMENTS, MAX_JSON_INT, Decoder, Encoder, HandleRef, OpaqueValue, ValueRefused, WireError
 
 __all__ = ("CallFailed", "CallRefused", "CallReturned", "HandleTable", "HostCall", "Outcome", "plain_copy", "run_call")
@@ -146,6 +146,8 @@ class HandleTable:
             if inline and kind == "async":
                 raise TypeError("bind(inline=True) takes a plain function; an async def runs on the session's event loop")
             bound = _Bound(name, target, kind, frozenset(), frozenset(), frozenset(), inline, errors, "function")
+        elif isinstance(target, DataContext):
+            raise TypeError("this backend cannot map data; bind a DataContext in a session of 'jail', or send bytes with set()")
         else:
             raise TypeError(
                 f"cannot bind a {type(target).__name__}: bind takes a function, expose(obj, methods=...), or a Context; "

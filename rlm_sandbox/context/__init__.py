@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .data import DataContext
 from .source import CONTEXT_METHODS, CONTEXT_OPERATORS, Context, MemoryFile, WholeText
 
-__all__ = ("CONTEXT_METHODS", "CONTEXT_OPERATORS", "Context", "MemoryFile", "WholeText")
+__all__ = ("CONTEXT_METHODS", "CONTEXT_OPERATORS", "Context", "DataContext", "MemoryFile", "WholeText")

@@ -80,7 +80,7 @@ class Backing:
         """Bytes that were written before."""
         return os.pread(self.fd, size, offset)
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of ``data``. Raises OSError if there is no room."""
         view = memoryview(data)
         if self.in_memory and offset + len(view) > self._budget:

@@ -1,4 +1,4 @@
-"""A real ``str`` over a memory file, made in constant time. The only file that builds an object by hand.
+"""A real ``str`` or ``bytes`` over a memory file, made in constant time. The only file that builds an object by hand.
 
 A compact CPython string is one block of memory: a header, then the characters at 1, 2 or 4 bytes each, then a NUL
 character. The characters of a context are in a sealed file that every session maps, so only the header is ours: it is
@@ -21,6 +21,8 @@ The header (``Include/cpython/unicodeobject.h``; all words are 8 bytes on the 64
     56/48   utf8                   utf8                | PyCompactUnicodeObject: for texts that are not ASCII only
     64      wstr_length                               /
 
+A ``bytes`` is simpler: ob_refcnt, ob_type, length and hash, the same in all versions, then its bytes and a NUL.
+
 Nothing here knows the state bits or a version: the header is copied from a string of the same kind that the
 interpreter has just made (so it is neither interned nor static), and the words that describe that sample are rewritten
 to describe the file. `self_test` then says whether the interpreter takes the result for a string.
@@ -38,11 +40,12 @@ import mmap
 import os
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any, Final
 
 from ..context.stored import CODECS, decode_stored, store_text, stored_bytes
 
-__all__ = ("UnknownLayout", "load_text", "map_text", "self_test")
+__all__ = ("UnknownLayout", "load_bytes", "load_text", "map_bytes", "map_text", "self_test")
 
 _PAGE: Final = mmap.PAGESIZE
 _PROT_NONE: Final = 0
@@ -66,8 +69,8 @@ _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
-#: Every text mapped so far, held for good.
-_mapped: Final[list[str]] = []
+#: Every text and every ``bytes`` mapped so far, held for good.
+_mapped: Final[list[Any]] = []
 
 
 class UnknownLayout(RuntimeError):
@@ -109,11 +112,39 @@ def map_text(fd: int, chars: int, width: int, ascii_only: bool) -> str:
     _check_size(fd, chars, width)
     if chars == 0:
         return ""  # CPython has one empty string only
-    body = stored_bytes(chars, width)
+    text: str = _over_file(fd, stored_bytes(chars, width), lambda data: _header(chars, width, ascii_only, data=data))
+    return text
+
+
+def load_bytes(fd: int, size: int, *, mapped: bool) -> bytes:
+    """The first ``size`` bytes of a memory file: in place if ``mapped``, read otherwise. See `load_text`."""
+    if mapped:
+        return map_bytes(fd, size)
+    _check_size(fd, size, 1)
+    data = bytearray()
+    while len(data) < size:
+        piece = os.pread(fd, min(size - len(data), 1 << 24), len(data))
+        if not piece:
+            raise ValueError("the memory file is shorter than its data")
+        data += piece
+    return bytes(data)
+
+
+def map_bytes(fd: int, size: int) -> bytes:
+    """A ``bytes`` whose content is the pages of a memory file. See `map_text`."""
+    _check_size(fd, size, 1)
+    if size < 2:
+        return os.pread(fd, size, 0)  # CPython has one of each
+    data: bytes = _over_file(fd, stored_bytes(size, 1), lambda _: _bytes_header(size))
+    return data
+
+
+def _over_file(fd: int, body: int, make_header: Callable[[int], bytes]) -> Any:
+    """The object whose header ``make_header`` gives for the address where the pages of the file begin."""
     # Reserved without access first, so that the file's pages can replace a range that is certainly ours.
     base = _map(None, _PAGE + body, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
     try:
-        header = _header(chars, width, ascii_only, data=base + _PAGE)
+        header = make_header(base + _PAGE)
         if _libc.mprotect(base, _PAGE, mmap.PROT_READ | mmap.PROT_WRITE) != 0:
             raise OSError(ctypes.get_errno(), "cannot make the page of a text's header writable")
         _map(base + _PAGE, body, mmap.PROT_READ, mmap.MAP_PRIVATE | _MAP_FIXED, fd)
@@ -122,9 +153,9 @@ def map_text(fd: int, chars: int, width: int, ascii_only: bool) -> str:
         raise
     address = base + _PAGE - len(header)
     ctypes.memmove(address, header, len(header))
-    text: str = ctypes.cast(address, ctypes.py_object).value
-    _mapped.append(text)
-    return text
+    made = ctypes.cast(address, ctypes.py_object).value
+    _mapped.append(made)
+    return made
 
 
 def _check_size(fd: int, chars: int, width: int) -> None:
@@ -163,6 +194,19 @@ def _header(chars: int, width: int, ascii_only: bool, *, data: int) -> bytes:
     return bytes(header)
 
 
+def _bytes_header(size: int) -> bytes:
+    sample = b"\xff" * _SAMPLE_CHARS
+    length = bytes.__basicsize__ - 1
+    header = bytearray(ctypes.string_at(id(sample), length))
+    known = sys.implementation.name == "cpython" and struct.calcsize("P") == _WORD and object.__basicsize__ == _LENGTH_AT
+    if not known or length != _HASH_AT + _WORD or struct.unpack_from("n", header, _LENGTH_AT) != (_SAMPLE_CHARS,):
+        raise UnknownLayout("this interpreter's bytes have an unknown layout; read them in the ordinary way")
+    struct.pack_into("n", header, _REFCOUNT_AT, _REFERENCES)
+    struct.pack_into("n", header, _LENGTH_AT, size)
+    struct.pack_into("n", header, _HASH_AT, -1)
+    return bytes(header)
+
+
 def self_test() -> bool:
     """True if this interpreter takes a mapped text for a string, in all four kinds.
 
@@ -175,7 +219,7 @@ def self_test() -> bool:
             for widest, width in (("\x7f", 1), ("\xff", 1), ("\uffff", 2), ("\ud800", 2), ("\U0010ffff", 4))
             # Less than a page; a page exactly, so that the NUL is on the next one; more than a page.
             for length in (5, 47, _PAGE // width, 2 * _PAGE + 5)
-        )
+        ) and all(_behaves_as_bytes(length) for length in (2, 47, _PAGE, 2 * _PAGE + 5))
     except (OSError, ValueError, UnknownLayout):
         return False
 
@@ -205,6 +249,29 @@ def _behaves(text: str, length: int) -> bool:
     )
     del mapped, grown
     return good and _reads_number(length)
+
+
+def _behaves_as_bytes(length: int) -> bool:
+    data = ("1" * (length - 1) + "\xff").encode("latin-1")
+    file = store_text(data.decode("latin-1"))
+    try:
+        mapped: Any = map_bytes(file.fd, length)
+    finally:
+        os.close(file.fd)
+    grown = mapped
+    grown += b"x"
+    good = (
+        mapped == data
+        and len(mapped) == length
+        and hash(mapped) == hash(data)
+        and mapped[1:] == data[1:]
+        and mapped.find(b"\xff") == length - 1
+        and bytes(memoryview(mapped)) == data
+        and grown == data + b"x"
+        and {mapped: 1}[data] == 1
+    )
+    del mapped, grown
+    return good
 
 
 def _reads_number(length: int) -> bool:

@@ -22,6 +22,7 @@ from ..wire.codec import Attachment, Decoder, Encoder, HandleRef, OpaqueValue, V
 from ..wire.frames import FrameTooLarge
 from ..wire.messages import (
     TOO_LARGE,
+    BindData,
     BindObject,
     BindText,
     Configure,
@@ -36,6 +37,7 @@ from ..wire.messages import (
 )
 from .files import read_part
 from .host_calls import HostCallError, HostCalls, Transport
+from .mapped_data import data_value
 from .proxies import AsyncCalls, make_async_function, make_function, make_object
 
 __all__ = ("GuestSession", "summary")
@@ -59,6 +61,10 @@ _MISSING: Final = object()
 _Outcome = tuple[Any, Any, "list[str] | None", bool]
 
 
+def _cannot_map(_message: BindData) -> bytes:
+    raise TypeError("this guest cannot map data")
+
+
 def _opaque(value: Any) -> OpaqueValue:
     return OpaqueValue(type(value).__name__, repr(value)[:2_000])
 
@@ -76,17 +82,20 @@ class GuestSession:
         interruptible: Callable[[bool], None],
         map_text: Callable[[BindText], str],
         async_calls: AsyncCalls | None = None,
+        map_data: Callable[[BindData], bytes] | None = None,
     ) -> None:
         """
         Args:
             transport: carries frames.
             interruptible: called with True when cell code begins and False when it ends; an interrupt may raise between.
             map_text: gives the text of a context whose descriptor came beside the message.
+            map_data: gives the bytes of data whose descriptor came beside the message, where that can be.
             async_calls: how awaited host calls wait; in threads if it is not given.
         """
         self._transport = transport
         self._interruptible = interruptible
         self._map_text = map_text
+        self._map_data = map_data or _cannot_map
         self._calls = HostCalls(transport, load_message, self._from_host)
         self._async_calls = async_calls or AsyncCalls()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -109,7 +118,7 @@ class GuestSession:
 
     def handle(self, header: Any, attachments: list[Attachment]) -> None:
         """Serve one request to its `Done`."""
-        message = load_message(header, (Configure, Exec, Get, SetValue, BindObject, BindText, Names, ReadFile))
+        message = load_message(header, (Configure, Exec, Get, SetValue, BindObject, BindText, BindData, Names, ReadFile))
         self._calls.begin_cell()
         self._restore_reserve()
         outcome, attachments = self._guarded(message, Decoder(attachments, allow_handles=True))
@@ -166,6 +175,10 @@ class GuestSession:
             self._bind(message)
         elif isinstance(message, BindText):
             self._bind_text(message, decoder)
+        elif isinstance(message, BindData):
+            manifest = decoder.decode(message.manifest)
+            value = data_value(message.kind, self._map_data(message), manifest)
+            self._names[message.name] = self._given[message.name] = value
         elif isinstance(message, Names):
             return self.summaries(), None, None, False
         elif isinstance(message, ReadFile):

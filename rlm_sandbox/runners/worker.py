@@ -22,7 +22,7 @@ from typing import Any, Final, NoReturn
 
 from ..wire.codec import Attachment
 from ..wire.frames import PROTOCOL_VERSION, FrameReader, dump_frame
-from ..wire.messages import FRAME_OVERHEAD, BindText, Exec, Hello, Message, Protect, dump_message, load_message
+from ..wire.messages import FRAME_OVERHEAD, BindData, BindText, Exec, Hello, Message, Protect, dump_message, load_message
 from . import mapped_text
 from .output import CellOutput
 from .session import GuestSession
@@ -160,7 +160,7 @@ class _Worker:
         self._fork = fork
         self._generation = generation
         self._transport = _SocketTransport(data_fd)
-        self._session = GuestSession(self._transport, self._set_interruptible, self._map_text)
+        self._session = GuestSession(self._transport, self._set_interruptible, self._map_text, map_data=self._map_data)
 
     def _set_interruptible(self, value: bool) -> None:
         if value:
@@ -174,6 +174,13 @@ class _Worker:
             return mapped_text.load_text(fd, message.chars, message.width, message.ascii_only, mapped=MAPPED)
         finally:
             os.close(fd)  # a descriptor left open would give locks, modes and an offset shared with other sessions
+
+    def _map_data(self, message: BindData) -> bytes:
+        fd = self._transport.descriptors.pop()
+        try:
+            return mapped_text.load_bytes(fd, message.size, mapped=MAPPED)
+        finally:
+            os.close(fd)
 
     def serve(self) -> NoReturn:
         signal.signal(signal.SIGINT, self._transport.on_interrupt)

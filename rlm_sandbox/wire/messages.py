@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, TypeVar
 from .codec import WireError
 
 __all__ = (
-    "BindObject", "BindText", "Configure", "Done", "Exec", "Forget", "Get", "Hello", "Message", "Names",
+    "BindData", "BindObject", "BindText", "Configure", "Done", "Exec", "Forget", "Get", "Hello", "Message", "Names",
     "Output", "Protect", "ReadFile", "Resume", "SCHEMA", "SetValue", "Suspend", "dump_message", "load_message",
 )  # fmt: skip
 
@@ -108,6 +108,20 @@ class BindText(Message):
     ascii_only: bool
     spans: Any
     meta: Any
+
+
+@dataclass(frozen=True, slots=True)
+class BindData(Message):
+    """Map data whose descriptor travels beside this frame. ``kind``: ``bytes``, ``array`` or ``dataframe``.
+
+    ``manifest`` is a codec tree of a dict: what is where in the ``size`` bytes.
+    """
+
+    op = "bind_data"
+    name: str
+    kind: str
+    size: int
+    manifest: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +224,7 @@ _MESSAGES: Final[dict[str, type[Message]]] = {
         SetValue,
         BindObject,
         BindText,
+        BindData,
         Names,
         ReadFile,
         Protect,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
-from rlm_sandbox import Context, Limits
+from rlm_sandbox import Context, DataContext, Limits
 from rlm_sandbox.bridge.framed import FramedSession
 from rlm_sandbox.bridge.guest import Death, Recovery, Report
 from rlm_sandbox.registry import SessionConfig, load_backend
@@ -254,7 +254,7 @@ class ScriptedGuest:
 
     def grow_address_space(self, size: int) -> None: ...
 
-    def open_context(self, context: Context) -> int:
+    def open_context(self, context: Context | DataContext) -> int:
         return os.dup(context.memory_file().fd)
 
     def request_protection(self) -> None: ...

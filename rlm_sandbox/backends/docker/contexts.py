@@ -17,7 +17,7 @@ from typing import Final
 
 from docker.types import Mount
 
-from ...context import Context
+from ...context import Context, DataContext
 from ...runners.container import CONTEXTS
 from .engine import own_name, owner_is_alive
 
@@ -28,7 +28,7 @@ _SHM: Final = Path("/dev/shm")  # noqa: S108 - a directory of our own below it, 
 _root: Path | None = None
 _root_pid = 0
 _lock = threading.Lock()
-_files: weakref.WeakKeyDictionary[Context, Path] = weakref.WeakKeyDictionary()
+_files: weakref.WeakKeyDictionary[Context | DataContext, Path] = weakref.WeakKeyDictionary()
 
 
 def _base() -> Path:
@@ -71,7 +71,7 @@ def _remove_root(path: Path, pid: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def stored_file(context: Context) -> Path:
+def stored_file(context: Context | DataContext) -> Path:
     """The context's text as a file that containers can map, written on the first call; it goes with the context.
 
     Raises:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ...bridge.guest import Death, GuestLost, Recovery, Report
-from ...context import Context
+from ...context import Context, DataContext
 from ...errors import BackendUnavailable
 from ...limits import Limits
 from ...options import DockerOptions
@@ -232,7 +232,7 @@ class DockerGuest:
         """See `Guest.grow_address_space`. The supervisor moves the soft limit: a worker may not set limits."""
         self._ask({"op": "grow", "bytes": size}, "grown")
 
-    def open_context(self, context: Context) -> int:
+    def open_context(self, context: Context | DataContext) -> int:
         """See `Guest.open_context`."""
         return self._contexts.open(context)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ...bridge.guest import Death, GuestLost, Recovery, Report
-from ...context import Context
+from ...context import Context, DataContext
 from ...errors import BackendUnavailable, InputRefused
 from ...registry import SessionConfig
 from ...results import Stream
@@ -371,7 +371,7 @@ class JailGuest:
         self._order({"op": "grow", "bytes": size})
         self._answer("grown", 0, _START_SECONDS)
 
-    def open_context(self, context: Context) -> int:
+    def open_context(self, context: Context | DataContext) -> int:
         """See `Guest.open_context`. A description of the session's own: the host's has an offset, which sessions would share."""
         return os.open(f"/proc/self/fd/{context.memory_file().fd}", os.O_RDONLY | os.O_CLOEXEC)
 

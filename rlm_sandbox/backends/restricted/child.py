@@ -22,7 +22,7 @@ from typing import Final
 
 from ... import bundle
 from ...bridge.guest import Death, GuestLost, Recovery, Report
-from ...context import Context
+from ...context import Context, DataContext
 from ...errors import BackendUnavailable
 from ...limits import Limits
 from ...results import Stream
@@ -212,7 +212,7 @@ class PlainGuest:
     def grow_address_space(self, size: int) -> None:
         """See `Guest.grow_address_space`. Limits cannot be raised from here; there is room for a mapped gigabyte from the start."""
 
-    def open_context(self, context: Context) -> int:
+    def open_context(self, context: Context | DataContext) -> int:
         """See `Guest.open_context`."""
         return os.open(f"/proc/self/fd/{context.memory_file().fd}", os.O_RDONLY | os.O_CLOEXEC)
 
