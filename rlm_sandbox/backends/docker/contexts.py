@@ -126,7 +126,7 @@ class SessionDirectory:
         """What the session's container gets. As a mount, not a bind: an engine without that directory then refuses it."""
         return Mount(target=CONTEXTS, source=str(self.path), type="bind", read_only=True)
 
-    def open(self, context: Context) -> int:
+    def open(self, context: Context | DataContext) -> int:
         """A descriptor of the context's file.
 
         Raises:

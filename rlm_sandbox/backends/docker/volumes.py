@@ -21,7 +21,7 @@ import docker.errors
 import requests.exceptions
 from docker.types import Mount
 
-from ...context import Context
+from ...context import Context, DataContext
 from ...runners.container import CONTEXTS
 from .engine import OWNER_LABEL, Engine, mapped_errors, own_name
 
@@ -39,7 +39,7 @@ class ContextVolume:
         self._engine = engine
         self._image = image
         self._lock = threading.Lock()
-        self._digests: weakref.WeakKeyDictionary[Context, str] = weakref.WeakKeyDictionary()
+        self._digests: weakref.WeakKeyDictionary[Context | DataContext, str] = weakref.WeakKeyDictionary()
         self._names: dict[str, str] = {}
         self._files: dict[tuple[int, int], str] = {}
         self.name = f"rlm-sandbox-{secrets.token_hex(8)}"
@@ -51,7 +51,7 @@ class ContextVolume:
         """What a session's container gets. On its first use the engine gives it the image's directory, with its mode."""
         return Mount(target=CONTEXTS, source=self.name, type="volume", read_only=True)
 
-    def open(self, context: Context) -> int:
+    def open(self, context: Context | DataContext) -> int:
         """A descriptor of a context whose text is on the engine, copied there on the first call for such a text.
 
         Raises:
