@@ -23,7 +23,9 @@ from rlm_sandbox.backends.wasm.cache import cache_directory, compiled_file
 from rlm_sandbox.backends.wasm.component import GuestComponent, find_component
 from rlm_sandbox.backends.wasm.parts import examine_parts
 from rlm_sandbox.backends.wasm.progress import progress
-from rlm_sandbox.registry import Part
+from rlm_sandbox.registry import Part, load_backend
+
+from ..conftest import require_usable
 
 #: The smallest component there is.
 TINY = bytes(wasmtime.wat2wasm("(component)"))
@@ -248,6 +250,7 @@ def test_an_engine_of_another_release_is_one_clear_error(found: str, monkeypatch
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_too_little_address_space_is_one_clear_error() -> None:
+    require_usable("wasm", load_backend("wasm").probe())  # built and compiled with room to do it
     program = (
         "import resource\n"
         "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
@@ -364,13 +367,31 @@ def test_a_missing_component_names_the_remedy(tmp_path: Path, monkeypatch: pytes
         find_component(tmp_path)
 
 
-def test_every_guest_file_is_among_the_sources() -> None:
-    """A module that the guest imports and the list lacks would fail the build only where somebody builds."""
-    listed = set(build._FILES)
-    assert {"wire/codec.py", "runners/wasm_main.py", "context/view.py"} <= listed
-    root = Path(build.__file__).parents[2]
-    for name in listed:
-        assert (root / name).is_file()
+def test_every_module_the_guest_imports_is_among_its_sources() -> None:
+    """A module that were missing would fail the build, and only where somebody builds."""
+    sources = build._sources()
+    assert {"wire/codec.py", "wire/strings.py", "runners/session.py", "runners/wasm_main.py", "context/view.py"} <= set(sources)
+    package = Path(build.__file__).parents[2]
+    for name, source in sources.items():
+        for node in ast.walk(ast.parse(source)) if name.endswith(".py") else ():
+            if isinstance(node, ast.ImportFrom) and node.level:
+                folder = (package / name).parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                below = folder.relative_to(package).as_posix()
+                wanted = [f"{below}.py"] if node.module else [f"{below}/{alias.name}.py" for alias in node.names]
+                assert set(wanted) <= set(sources), f"{name} imports {wanted}"
+    assert not any(name.startswith(("backends", "bridge", "confine")) for name in sources)
+
+
+def test_a_build_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The tool's own words, as it says them about a module that is not there: the cause, and then a backtrace of its own."""
+    said = (
+        "AssertionError: Traceback (most recent call last):\n  File ...\nModuleNotFoundError: No module named 'x'\n\n\n"
+        "Caused by:\n    ModuleNotFoundError: No module named 'x'\n\nStack backtrace:\n   0: <anyhow::Error>::msg\n  28: _start\n"
+    )
+    failed = subprocess.CompletedProcess([], 1, b"", said.encode())
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(build.BuildFailed, match=r"ModuleNotFoundError: No module named 'x'$"):
+        build.build(tmp_path)
 
 
 def test_a_build_is_done_again_only_for_other_sources(packaged: Path) -> None:

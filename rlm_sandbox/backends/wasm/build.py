@@ -6,6 +6,7 @@ makes a component of Python sources is needed here alone.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -27,13 +28,9 @@ _PACKAGE: Final = "rlm_guest"
 _MODULE: Final = f"{_PACKAGE}.runners.wasm_main"
 _SECONDS: Final = 600
 _ROOT: Final = Path(__file__).parents[2]
-#: What runs in the guest; the other runners need processes and sockets.
-_FILES: Final = (
-    "context/view.py",
-    "runners/__init__.py", "runners/files.py", "runners/host_calls.py", "runners/output.py", "runners/proxies.py", "runners/session.py",
-    "runners/wasm_loop.py", "runners/wasm_main.py", "runners/wasm_modules.py", "runners/wasm_shims.py", "runners/wasm.wit",
-    "wire/__init__.py", "wire/codec.py", "wire/frames.py", "wire/messages.py", "wire/strings.py",
-)  # fmt: skip
+#: The guest's own module; what it imports of this package, by relative imports, comes along.
+_MAIN: Final = "runners/wasm_main.py"
+_INTERFACE: Final = "runners/wasm.wit"
 
 
 class BuildFailed(Exception):
@@ -41,7 +38,28 @@ class BuildFailed(Exception):
 
 
 def _sources() -> dict[str, bytes]:
-    return {name: _ROOT.joinpath(name).read_bytes() for name in _FILES}
+    """The interface and every module the guest imports, found by reading them: a list would be wrong with the next import."""
+    found = {_INTERFACE: _ROOT.joinpath(_INTERFACE).read_bytes()}
+    waiting = [_MAIN, "runners/__init__.py", "wire/__init__.py"]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = _ROOT.joinpath(name).read_bytes()
+            waiting += _imported(name, found[name])
+    return found
+
+
+def _imported(name: str, source: bytes) -> list[str]:
+    """The files of the modules that the file ``name`` imports relatively."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = _ROOT.joinpath(name).parents[node.level - 1]
+            module = folder.joinpath(*(node.module or "").split("."))
+            candidates = [module.with_suffix(".py")] if node.module else []
+            candidates += [module / f"{alias.name}.py" for alias in node.names]
+            found += [path.relative_to(_ROOT).as_posix() for path in candidates if path.is_file()]
+    return found
 
 
 def sources_digest() -> str:
@@ -110,8 +128,13 @@ def _run_tool(work: Path, made: Path) -> None:
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise BuildFailed(f"{_TOOL_NAME} could not be run ({exc})") from None
     if done.returncode or not made.exists():
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
-        raise BuildFailed(f"{_TOOL_NAME}: {lines[-1][:300]}")
+        raise BuildFailed(f"{_TOOL_NAME}: {_reason(done.stderr.decode('utf-8', 'replace'))}")
+
+
+def _reason(said: str) -> str:
+    """The line of what the tool said that names an error: a backtrace of its own follows it."""
+    lines = [line.strip() for line in said.partition("Stack backtrace:")[0].splitlines() if line.strip()] or ["no message"]
+    return lines[-1][:300]
 
 
 def _put(data: bytes, target: Path) -> None:
