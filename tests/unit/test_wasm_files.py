@@ -438,15 +438,3 @@ def test_the_doctor_names_a_cache_that_is_open_to_others(tmp_path: Path, monkeyp
     found = parts()["cache"]
     assert not found.works
     assert found.remedy.startswith("run: chmod 700")
-
-
-def test_the_component_is_made_from_all_that_its_sources_import() -> None:
-    """A module that a runner begins to import, and that is not among them, fails the build of every fresh installation."""
-    root = Path(build.__file__).parents[2]
-    names = {name for name in build._FILES if name.endswith(".py")}
-    for name in names:
-        for node in ast.walk(ast.parse((root / name).read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                folder = Path(name).parents[node.level - 1] / (node.module or "").replace(".", "/")
-                for target in (f"{folder}.py", *(f"{folder}/{alias.name}.py" for alias in node.names)):
-                    assert not (root / target).exists() or target in names, f"{name} imports {target}"
