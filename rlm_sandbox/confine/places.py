@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Final
 
-__all__ = ("GUEST_ARCHIVE", "GUEST_INPUT", "GUEST_PACKAGES", "GUEST_PYTHON")
+__all__ = ("GUEST_ARCHIVE", "GUEST_INPUT", "GUEST_PACKAGES", "GUEST_PYTHON", "GUEST_STDLIB")
 
 GUEST_PYTHON: Final = "/usr/bin/python3"
+GUEST_STDLIB: Final = f"/usr/{sys.platlibdir}/python{sys.version_info.major}.{sys.version_info.minor}"
 GUEST_ARCHIVE: Final = "/usr/lib/rlm_guest.zip"
 #: Packages of the host's environment, if the session was opened with some.
 GUEST_PACKAGES: Final = "/usr/lib/packages"

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import sysconfig
 from typing import Final
 
 from . import _syscalls_unsafe as raw
-from .places import GUEST_ARCHIVE, GUEST_INPUT, GUEST_PACKAGES, GUEST_PYTHON
+from .places import GUEST_ARCHIVE, GUEST_INPUT, GUEST_PACKAGES, GUEST_PYTHON, GUEST_STDLIB
 
-__all__ = ("build", "guest_command")
+__all__ = ("build", "guest_command", "libraries_found")
 
 _GUEST_LIBRARIES: Final = "/usr/lib/so"
 
@@ -22,14 +21,11 @@ _GUEST_LIBRARIES: Final = "/usr/lib/so"
 _LIBRARY_BEARERS: Final = (
     "zlib", "_bz2", "_lzma", "_ctypes", "_decimal", "_hashlib", "_ssl", "_sqlite3", "_uuid", "pyexpat", "_elementtree", "_socket",
 )  # fmt: skip
-#: Directories of the standard library that hold what the host installed, or nothing a guest can use.
-_HIDDEN: Final = ("site-packages", "dist-packages", "ensurepip", "test", "idlelib", "tkinter", "turtledemo")
 #: Not zero: mapped and shared it is memory that no limit counts.
-_NOT_HERE: Final = 'raise ModuleNotFoundError(f"{__name__} is not part of the sandbox", name=__name__)\n'
 _DEVICES: Final = ("null", "urandom", "random")
 
 
-def _libraries() -> dict[str, str]:
+def libraries_found() -> dict[str, str]:
     """Shared libraries by the name the loader looks for, with the path they were found at."""
     for name in _LIBRARY_BEARERS:
         try:
@@ -74,24 +70,23 @@ def _bind(source: str, target: str) -> None:
     raw.mount(source, target, "", raw.MS_BIND | raw.MS_REC)
 
 
-def build(archive: bytes, packages: str | None = None) -> dict[str, str]:
+def build(archive: bytes, library: str, packages: str | None = None) -> dict[str, str]:
     """Make the tree the root of this mount namespace, which must be the caller's own. Returns the libraries.
 
     Args:
         archive: the guest archive.
+        library: a directory with ``python``, ``stdlib``, and ``lib``, shared libraries that are used in place of the host's.
         packages: a directory with ``packages``, importable in every session, and ``lib``, the shared libraries that those
             need; None for none.
 
     Raises:
         OSError: the kernel refuses a step.
     """
-    libraries = _libraries()
-    if packages is not None:
-        found = f"{packages}/lib"
-        libraries = {**{name: f"{found}/{name}" for name in os.listdir(found)}, **libraries}
-    stdlib = sysconfig.get_path("stdlib")
-    python = os.path.realpath(sys.executable)
-    guest_stdlib = f"/usr/{sys.platlibdir}/python{sys.version_info.major}.{sys.version_info.minor}"
+    libraries = libraries_found()
+    for directory, replace in ((library, True), (packages, False)):
+        if directory is not None:
+            found = {name: f"{directory}/lib/{name}" for name in os.listdir(f"{directory}/lib")}
+            libraries = {**libraries, **found} if replace else {**found, **libraries}
     os.umask(0o022)
     raw.mount("none", "/", "", raw.MS_REC | raw.MS_PRIVATE)
     root = "/tmp"  # noqa: S108 - any directory that exists everywhere: it is only a mount point in our own namespace
@@ -103,7 +98,7 @@ def build(archive: bytes, packages: str | None = None) -> dict[str, str]:
             sources[path] = os.open(path, os.O_PATH | os.O_CLOEXEC)
         return f"/proc/self/fd/{sources[path]}"
 
-    wanted = {GUEST_PYTHON: python, guest_stdlib: stdlib}
+    wanted = {GUEST_PYTHON: f"{library}/python", GUEST_STDLIB: f"{library}/stdlib"}
     wanted.update({f"{_GUEST_LIBRARIES}/{name}": path for name, path in libraries.items()})
     wanted.update({f"/dev/{name}": f"/dev/{name}" for name in _DEVICES})
     if packages is not None:
@@ -112,18 +107,12 @@ def build(archive: bytes, packages: str | None = None) -> dict[str, str]:
         wanted["/usr/share/zoneinfo"] = "/usr/share/zoneinfo"
     via = {target: opened(source) for target, source in wanted.items()}
     raw.mount("tmpfs", root, "tmpfs", raw.MS_NOSUID | raw.MS_NODEV, "size=4m,mode=0755")
-    for directory in ("tmp", "dev", "usr/lib", "empty", GUEST_INPUT[1:]):
-        os.makedirs(f"{root}/{directory}", exist_ok=True)
+    for name in ("tmp", "dev", "usr/lib", GUEST_INPUT[1:]):
+        os.makedirs(f"{root}/{name}", exist_ok=True)
     with open(f"{root}{GUEST_ARCHIVE}", "xb") as file:
         file.write(archive)
     for target, source in via.items():
         _bind(source, f"{root}{target}")
-    with open(f"{root}/empty/__init__.py", "x", encoding="utf-8") as marker:
-        marker.write(_NOT_HERE)  # without it, an import would find an empty namespace package
-    for name in _HIDDEN:
-        hidden = f"{root}{guest_stdlib}/{name}"
-        if os.path.isdir(hidden):
-            raw.mount(f"{root}/empty", hidden, "", raw.MS_BIND)
     for fd in sources.values():
         os.close(fd)
     os.chdir(root)

@@ -1,8 +1,9 @@
-"""Entry point of the guest archive: ``python ARCHIVE launcher|zygote|inputs|container|check|plain``. Becomes its ``__main__.py``."""
+"""Entry point of the guest archive: ``python ARCHIVE launcher|zygote|inputs|libraries|container|check|plain``. Becomes its ``__main__.py``."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 
 
@@ -18,6 +19,10 @@ def main() -> int:
     if program == "inputs":
         inputs = importlib.import_module("rlm_guest.runners.inputs")
         return int(inputs.main(*map(int, numbers)))
+    if program == "libraries":
+        tree = importlib.import_module("rlm_guest.confine.tree")
+        sys.stdout.write(json.dumps(tree.libraries_found()))
+        return 0
     if program == "container":
         container = importlib.import_module("rlm_guest.runners.container")
         container.main()

@@ -50,11 +50,11 @@ def _ask_for_maps(host: socket.socket, uid: int, gid: int, count: int) -> None:
 
 def _enter(host: socket.socket, archive: bytes, wanted: control.Message) -> tuple[dict[str, str], int]:
     """Namespaces and tree. Returns the libraries and how many kernel ids sessions can have (0: the host's own)."""
-    packages = wanted["packages"]
+    library, packages = wanted["library"], wanted["packages"]
     if is_real_root():
         # As root, while paths below 0700 directories are still readable; then become nobody and go on like one.
         raw.unshare(raw.CLONE_NEWNS)
-        libraries = tree.build(archive, packages)
+        libraries = tree.build(archive, library, packages)
         base = _FIRST_KERNEL_ID + secrets.randbelow(_BLOCKS) * _BLOCK
         os.setgroups([])
         os.setresgid(base, base, base)
@@ -66,7 +66,7 @@ def _enter(host: socket.socket, archive: bytes, wanted: control.Message) -> tupl
     uid, gid = os.geteuid(), os.getegid()
     _private_namespaces()
     _ask_for_maps(host, uid, gid, 1)
-    return tree.build(archive, packages), 0
+    return tree.build(archive, library, packages), 0
 
 
 def _start_zygote(host: socket.socket, proc: int, libraries: dict[str, str], kernel_ids: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import select
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,34 @@ tries"""
         assert (tmp_path / "data").stat().st_mode & 0o777 == 0o666
         again = "b'as it was' == open('/input/data', 'rb').read()"
         assert said(repl, again) == "True"
+
+
+def test_no_file_of_the_guest_names_a_place_of_the_host(processes: SessionProcesses) -> None:
+    """Interpreter, libraries, sources, bytecode and the record of its build: read whole, by the guest that may read them."""
+    places = {sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.realpath(sys.base_prefix), str(Path.home())} - {
+        "/",
+        "/usr",
+    }
+    with open_repl("jail") as repl:
+        search = f"""
+import os
+read = 0
+found = []
+for base, _, names in os.walk('/'):
+    for name in names:
+        if base == '/dev': continue
+        path = base + '/' + name
+        if not os.path.isfile(path): continue  # a link that leads out of the tree
+        with open(path, 'rb') as file: data = file.read()
+        read += 1
+        found += [(base, name, place) for place in {sorted(places)!r} if (place + '/').encode() in data]
+found, read > 500"""
+        assert said(repl, search) == "([], True)"
+        assert said(repl, "import platform; platform.python_version()") == repr(platform.python_version())
+        shown = said(
+            repl, "import sys, sysconfig, json; repr((sys.path, sysconfig.get_config_vars(), json.dumps.__code__.co_filename))"
+        )
+        assert not [place for place in places if f"{place}/" in shown]
 
 
 def test_a_file_that_changes_while_it_is_read_out_stays_bounded(processes: SessionProcesses) -> None:

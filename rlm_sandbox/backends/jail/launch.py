@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import functools
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ... import bundle
 from ...errors import BackendUnavailable, InputRefused
 from ...runners import control
+from .library import guest_library
 
 if TYPE_CHECKING:
     from .packages import PackageSet
@@ -70,6 +72,12 @@ def _short_of_descriptors(exc: OSError) -> BackendUnavailable:
     )
 
 
+@functools.cache
+def _library() -> Path:
+    """The guest's Python. Looked at once for a process, whose own Python does not change either."""
+    return guest_library()
+
+
 class Zygote:
     """A running launcher and zygote. Thread-safe."""
 
@@ -84,6 +92,7 @@ class Zygote:
         """
         _check_platform()
         self._packages = packages
+        self._library = _library()
         self.sessions = 0
         self._importing = ""
         self._lock = threading.Lock()
@@ -137,7 +146,8 @@ class Zygote:
     def _handshake(self) -> None:
         self._sock.settimeout(_START_SECONDS)
         packages = self._packages
-        self._send({"op": "build", "packages": None if packages is None else str(packages.directory)})
+        directory = None if packages is None else str(packages.directory)
+        self._send({"op": "build", "library": str(self._library), "packages": directory})
         prepare = {"op": "prepare", "imports": [] if packages is None else list(packages.imports)}
         while True:
             message = self._receive()
@@ -323,6 +333,7 @@ def _after_fork() -> None:
     """In a forked child of the host the lock may be held by a thread that does not exist there."""
     global _shared_lock
     _shared_lock = threading.Lock()
+    _library.cache_clear()  # a copy without a cache goes with the parent
     _close_all()
 
 

@@ -8,6 +8,7 @@ beside it, which is checked before it is used.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import re
@@ -24,10 +25,10 @@ from ...confine import _syscalls_unsafe as raw
 from ...errors import BackendUnavailable
 from ...usercache import CacheUnusable, exclusive, private_directory
 
-__all__ = ("compile_tree", "copy_neutral", "needed_libraries", "stored")
+__all__ = ("compile_tree", "copy_neutral", "needed_libraries", "only_here", "prefixes", "stored")
 
 #: Part of every key: a copy made by other code is not used.
-_FORMAT: Final = "1"
+_FORMAT: Final = "2"
 _COMPILE_SECONDS: Final = 300
 #: A copy nobody used for this long goes when another one is made.
 _KEEP_SECONDS: Final = 30 * 86_400
@@ -65,6 +66,28 @@ def stored(kind: str, description: str, make: Callable[[Path], None]) -> Path:
             "jail", reason, "free some disk space, or set RLM_SANDBOX_CACHE to a directory that has it"
         ) from exc
     return target
+
+
+def only_here(kind: str, make: Callable[[Path], None]) -> Path:
+    """A copy for this process alone, which goes with it: where there is no cache.
+
+    Raises:
+        BackendUnavailable: there is no room for it.
+    """
+    directory = Path(tempfile.mkdtemp(prefix=f"rlm-sandbox-{kind}-"))
+    atexit.register(_remove, directory, os.getpid())
+    inner = directory / "copy"
+    try:
+        inner.mkdir()
+        make(inner)
+    except OSError as exc:
+        raise BackendUnavailable("jail", f"its copy of Python cannot be made ({exc})", "free some disk space") from exc
+    return inner
+
+
+def _remove(directory: Path, owner: int) -> None:
+    if os.getpid() == owner:  # and no child of it that was forked
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _make(target: Path, record: Path, make: Callable[[Path], None]) -> None:
@@ -115,25 +138,32 @@ def _open_own(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _prefixes() -> list[bytes]:
+def prefixes() -> list[bytes]:
     """Paths of the host that its Python was built or set up with, longest first."""
     found = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
     found |= {os.path.realpath(path) for path in found}
-    return sorted((os.fsencode(path) for path in found if len(path) > len("/usr")), key=len, reverse=True)
+    return sorted((os.fsencode(path) for path in found if len(str(Path(path).parent)) >= len("/usr")), key=len, reverse=True)
 
 
-def _neutral(prefix: bytes) -> bytes:
-    """A path as long as ``prefix`` that means /usr: nothing moves where it is replaced."""
-    return b"/" * (len(prefix) - 3) + b"usr"
+def _neutral(prefix: bytes, *, machine_code: bool) -> bytes:
+    """A path as long as ``prefix`` that means /usr: nothing moves where it is replaced.
+
+    In machine code the last component stays, below that path: linkers keep one copy of strings that end alike, and the version of
+    a Python in ``versions/3.11.7`` may be nothing but the end of its prefix.
+    """
+    kept = prefix[prefix.rindex(b"/") :] if machine_code else b""
+    return b"/" * (len(prefix) - len(kept) - 3) + b"usr" + kept
 
 
 def copy_neutral(files: Iterable[tuple[Path, Path]]) -> None:
     """Copy files (from, to) without the host's prefix in them, readable for all. What a link names is copied in its place."""
-    prefixes = [(prefix, _neutral(prefix)) for prefix in _prefixes()]
+    found = prefixes()
     for source, target in files:
         data = source.read_bytes()
-        for prefix, neutral in prefixes:
+        machine_code = data.startswith(b"\x7fELF")
+        for prefix in found:
             if prefix in data:
+                neutral = _neutral(prefix, machine_code=machine_code)
                 # Only as a path: /opt/py is not the beginning of /opt/pypy.
                 data = re.sub(re.escape(prefix) + rb"(?![A-Za-z0-9_.-])", neutral, data)
         target.parent.mkdir(parents=True, exist_ok=True)
