@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 from ..limits import Limits
 from ..results import LimitHit
 from ..wire.codec import MAX_ELEMENTS, Attachment, Decoder, Encoder, ValueRefused, WireError
-from ..wire.frames import FrameTooLarge
+from ..wire.frames import USUAL_HEADER, FrameTooLarge
 from ..wire.messages import FRAME_OVERHEAD, MAX_CALLS_PER_SUSPENSION, Done, Forget, Message, Resume, Suspend, load_message
 from .capture import Capture
 from .guest import Death
@@ -39,6 +39,7 @@ def shown(text: str, limit: int) -> str:
 
 
 _UNKNOWN_DEATH: Final = Death()
+_NOTHING: Final = load_message(USUAL_HEADER, (Done,))
 
 
 @dataclass(slots=True)
@@ -67,6 +68,17 @@ class TurnEnd:
 class Exchange(abc.ABC):
     """One turn. Made for one request and thrown away; a subclass carries the messages."""
 
+    # Of the class until they change: a turn is made for every call, and most of them change none of these.
+    guest_holds_turn = False
+    _weight = 0
+    _last_call = 0
+    _join_at: float | None = None
+    _join_interval = _JOIN_FIRST_SECONDS
+    _host_interrupted = False
+    _interrupt_seen = False
+    _host_calls = 0
+    _closed = False
+
     def __init__(
         self,
         handles: HandleTable,
@@ -78,7 +90,6 @@ class Exchange(abc.ABC):
         charged: float = 0.0,
     ) -> None:
         """``charged``: seconds of the turn clock that are used up already."""
-        self.guest_holds_turn = False
         self._handles = handles
         self._pool = pool
         self._limits = limits
@@ -88,15 +99,7 @@ class Exchange(abc.ABC):
         self._max_frame = _NO_CAP if limits.value_bytes is None else limits.value_bytes + FRAME_OVERHEAD
         self._outstanding: dict[int, HostCall] = {}
         self._weights: dict[int, int] = {}
-        self._weight = 0
         self._answers: collections.deque[tuple[int, Outcome]] = collections.deque()
-        self._last_call = 0
-        self._join_at: float | None = None
-        self._join_interval = _JOIN_FIRST_SECONDS
-        self._host_interrupted = False
-        self._interrupt_seen = False
-        self._host_calls = 0
-        self._closed = False
 
     # ---- what a subclass supplies
 
@@ -176,7 +179,7 @@ class Exchange(abc.ABC):
         """
         if not self.guest_holds_turn:
             raise WireError("it sent something out of turn")
-        message = load_message(header, (Done, Suspend))
+        message = _NOTHING if header is USUAL_HEADER else load_message(header, (Done, Suspend))
         now = time.monotonic()
         if isinstance(message, Suspend):
             self.guest_holds_turn = False

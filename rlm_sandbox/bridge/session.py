@@ -205,8 +205,11 @@ class Session(abc.ABC):
         names = [checked_name(name) for name in read]
         narrowed = self._limits.narrowed(limits)
         source = code.encode("utf-8", "backslashreplace").decode()  # lone surrogates are not source code
-        with self._call():
+        self._enter_call()
+        try:
             return self._exec(source, names, narrowed, on_output)
+        finally:
+            self._leave_call()
 
     def get(self, name: str, default: Any = None) -> Any:
         """See `REPLProtocol.get`."""
@@ -439,8 +442,8 @@ class Session(abc.ABC):
         outcome, error, hit = judge(end, death, peak, self._limits)
         return ExecResult(
             outcome=outcome,
-            stdout=capture.text("stdout"),
-            stderr=capture.text("stderr"),
+            stdout=capture.text("stdout") if capture.total else "",
+            stderr=capture.text("stderr") if capture.total else "",
             value=shown(end.value, _MAX_ECHO_CHARS) if type(end.value) is str and outcome == "ok" else None,
             error=error,
             traceback=(end.failure[2] or None) if end.failure is not None else None,

@@ -84,6 +84,13 @@ class WakePipe:
 class Turn(Exchange):
     """Runs one request. Made for one turn and thrown away."""
 
+    _outbox_fds: tuple[int, ...] = ()
+    _ended_outputs: frozenset[int] = frozenset()
+    _printed = True
+    _unprotected = False
+    _relieve: Callable[[], None] | None = None
+    _relieve_at = math.inf
+
     def __init__(
         self,
         guest: Guest,
@@ -104,12 +111,6 @@ class Turn(Exchange):
         self._readiness = readiness
         self._reader = FrameReader(max_bytes=self._max_frame)
         self._outbox: collections.deque[memoryview] = collections.deque()
-        self._outbox_fds: tuple[int, ...] = ()
-        self._ended_outputs: set[int] = set()
-        self._printed = True
-        self._unprotected = False
-        self._relieve: Callable[[], None] | None = None
-        self._relieve_at = math.inf
 
     def relieve_with(self, relieve: Callable[[], None]) -> None:
         """Call this a few times each second of the turn: there is a recovery point that can be given up for its memory."""
@@ -324,7 +325,7 @@ class Turn(Exchange):
         if data:
             self._capture.add(self._guest.outputs[fd], data)
         else:  # no one can write to it any more: it would be ready for ever
-            self._ended_outputs.add(fd)
+            self._ended_outputs |= {fd}
 
     def drain_output(self) -> None:
         """What is in the pipes now belongs to this turn: the guest wrote it before the turn ended."""

@@ -55,6 +55,7 @@ _OWN_FILES: Final = __file__.rpartition("/runners/")[0]
 #: Bytes kept back for the moment after a MemoryError.
 _RESERVE: Final = 1 << 20
 _MISSING: Final = object()
+_REQUESTS: Final = (Configure, Exec, Get, SetValue, BindObject, BindText, BindData, Names, ReadFile)
 
 
 #: Value, values read, failure and whether the name was unknown: the first fields of `Done`.
@@ -118,7 +119,7 @@ class GuestSession:
 
     def handle(self, header: Any, attachments: list[Attachment]) -> None:
         """Serve one request to its `Done`."""
-        message = load_message(header, (Configure, Exec, Get, SetValue, BindObject, BindText, BindData, Names, ReadFile))
+        message = load_message(header, _REQUESTS)
         self._calls.begin_cell()
         self._restore_reserve()
         outcome, attachments = self._guarded(message, Decoder(attachments, allow_handles=True))
@@ -239,7 +240,6 @@ class GuestSession:
                 value = _cut(repr(result), MAX_ECHO)
         except BaseException as exc:  # noqa: BLE001 - every exception of guest code is a result
             failure = self._failure(exc)
-        _flush()
         read = {name: self._names[name] for name in message.read if name in self._names}
         return value, read or None, failure, False
 

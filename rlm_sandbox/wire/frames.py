@@ -85,16 +85,16 @@ def dump_frame(header: Any, attachments: list[Attachment], *, max_bytes: int) ->
         FrameTooLarge: it is larger than ``max_bytes``; nothing was written, the stream stays in step.
         WireError: the header has lone surrogates outside an attachment, or a float that is not finite.
     """
-    if not attachments and header == _USUAL_HEADER:
+    if not attachments and header == USUAL_HEADER:
         return [_USUAL_FRAME]
     head = dump_header(header)
+    if not attachments and len(head) <= max_bytes:
+        return [_PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(head), 0) + head]
     raw = [part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass") for part in attachments]
     if len(raw) > MAX_ATTACHMENTS:
         raise FrameTooLarge("the frame has more attachments than the protocol allows")
     if len(head) + sum(map(len, raw)) > max_bytes:
         raise FrameTooLarge(f"the frame is larger than {max_bytes} bytes")
-    if not raw:
-        return [_PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(head), 0) + head]
     table = b"".join(_ENTRY.pack(isinstance(part, str), len(data)) for part, data in zip(attachments, raw, strict=True))
     return [_PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(head), len(raw)) + table + head, *raw]
 
@@ -140,7 +140,7 @@ class FrameReader:
             return None
         if data == _USUAL_FRAME:
             self._head_length, self._entries = len(data) - _PREFIX.size, []
-            return list(_USUAL_HEADER), []
+            return USUAL_HEADER, []
         magic, version, flags, head_length, count = _PREFIX.unpack_from(data)
         if magic != MAGIC or flags or version != PROTOCOL_VERSION or count or head_length != len(data) - _PREFIX.size:
             return None
@@ -287,7 +287,7 @@ def _decoder() -> json.JSONDecoder:
     return _DECODER if 0 < sys.get_int_max_str_digits() <= 10_000 else _DECODER_OF_SHORT_INTEGERS
 
 
-#: What most turns of a session end with: nothing to say. Compared as it is, which is cheaper than building or parsing it.
-_USUAL_HEADER: Final = ["done", None, None, None, False, None]
-_usual: Final = dump_header(_USUAL_HEADER)
+#: What most turns of a session end with: nothing to say. Never changed. Compared as it is, which is cheaper than building or parsing it.
+USUAL_HEADER: Final = ["done", None, None, None, False, None]
+_usual: Final = dump_header(USUAL_HEADER)
 _USUAL_FRAME: Final = _PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(_usual), 0) + _usual

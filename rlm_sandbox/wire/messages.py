@@ -11,6 +11,8 @@ that list of fields; a test holds a snapshot of it, because any change asks one 
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -265,14 +267,23 @@ _SPECIFICATIONS: Final[dict[type[Message], tuple[tuple[tuple[type, ...] | None, 
     )
     for cls, specification in _FIELDS.items()
 }
-_NAMES: Final = {cls: tuple(name for name, _ in specification) for cls, specification in _FIELDS.items()}
+
+
+def _values_of(names: tuple[str, ...]) -> Callable[[Message], tuple[Any, ...]]:
+    """Reads the fields of a message, in C where there are several."""
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda message: tuple([getattr(message, name) for name in names])
+
+
+_VALUES: Final = {cls: _values_of(tuple(name for name, _ in specification)) for cls, specification in _FIELDS.items()}
 
 _M = TypeVar("_M", bound=Message)
 
 
 def dump_message(message: Message) -> list[Any]:
     """The JSON header of a message."""
-    return [message.op, *[getattr(message, name) for name in _NAMES[type(message)]]]
+    return [message.op, *_VALUES[type(message)](message)]
 
 
 def load_message(header: Any, expected: tuple[type[_M], ...]) -> _M:
