@@ -290,7 +290,7 @@ def test_exit_and_interrupt_raised_by_a_cell_are_errors(repl: REPLProtocol, code
     assert repl.get("kept") == 1
 
 
-@needs(Feature.CPYTHON)
+@needs(Feature.SYSTEM_EXIT, Feature.IMPORTS)
 def test_sys_exit_is_an_error(repl: REPLProtocol) -> None:
     assert error_type(repl.exec("import sys\nsys.exit('bye')")) == "SystemExit"
     assert run(repl, "x = 1", "x") == 1

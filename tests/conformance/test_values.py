@@ -171,7 +171,7 @@ def test_subclasses_cross_as_their_base(repl: REPLProtocol, value: Any, base: An
     assert same(repl.get("x"), base)
 
 
-@needs(Feature.CPYTHON)
+@needs(Feature.IMPORTS, Feature.INHERITANCE)
 def test_subclasses_of_the_guest_cross_as_their_base(repl: REPLProtocol) -> None:
     code = (
         "import collections, enum\n"
@@ -211,10 +211,12 @@ def test_hostile_reprs_and_names_are_data(repl: REPLProtocol) -> None:
         "class Long:\n    def __repr__(self):\n        return 'x' * 10_000_000\n"
         "class Raises:\n    def __repr__(self):\n        raise KeyboardInterrupt\n"
         "class NotText:\n    def __repr__(self):\n        return 3\n"
-        "class Dressed:\n    __class__ = int\n    def __int__(self):\n        return 7\n    __index__ = __int__\n"
         "Strange = type('Strange\\x1b[31m' + 'n' * 5_000, (), {})\n"
         "x = [Long(), Raises(), NotText(), Dressed(), Strange()]"
     )
+    dressed = "class Dressed:\n    __class__ = int\n    def __int__(self):\n        return 7\n    __index__ = __int__"
+    if not repl.exec(dressed).ok:  # a language may refuse it
+        ok(repl.exec("class Dressed:\n    pass"))
     ok(repl.exec(code))
     try:
         found = repl.get("x")
