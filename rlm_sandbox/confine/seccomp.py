@@ -7,6 +7,7 @@ prototypes of this jail; ``facts`` beside each rule say which. x86-64 only; x32 
 from __future__ import annotations
 
 import errno
+import functools
 import struct
 from dataclasses import dataclass
 from typing import Final
@@ -21,6 +22,8 @@ __all__ = (
     "Rule",
     "build_filter",
     "build_refusal",
+    "supervisor_program",
+    "worker_program",
     "worker_without_notifier",
 )
 
@@ -368,6 +371,18 @@ def build_filter(rules: dict[str, Rule], fork_secret: int | None = None) -> byte
         program += [_instruction(_JEQ_K, NUMBERS[name], 0, length), *body]
     program.append(_instruction(_RET_K, _RET_ERRNO | errno.EPERM))
     return b"".join(program)
+
+
+@functools.cache
+def supervisor_program() -> bytes:
+    """The program of `SUPERVISOR`, built once: in a zygote, before it forks."""
+    return build_filter(SUPERVISOR)
+
+
+@functools.cache
+def worker_program() -> bytes:
+    """The program of `WORKER`, built once."""
+    return build_filter(WORKER)
 
 
 def build_refusal(names: tuple[str, ...]) -> bytes:

@@ -181,7 +181,7 @@ def _file_rules(plan: SessionConfinement) -> None:
 
 
 def _supervisor_filter(_plan: SessionConfinement) -> None:
-    raw.install_filter(seccomp.build_filter(seccomp.SUPERVISOR), listener=False)
+    raw.install_filter(seccomp.supervisor_program(), listener=False)
 
 
 def confine_supervisor(plan: SessionConfinement, proc: int) -> None:
@@ -278,7 +278,7 @@ def confine_relay() -> None:
         OSError: the kernel refuses; the caller must end the process.
     """
     raw.prctl(raw.PR_SET_DUMPABLE, 0)
-    raw.install_filter(seccomp.build_filter(seccomp.SUPERVISOR), listener=False)
+    raw.install_filter(seccomp.supervisor_program(), listener=False)
 
 
 def confine_worker() -> int:
@@ -287,7 +287,7 @@ def confine_worker() -> int:
     Raises:
         OSError: the kernel refuses; the caller must end the process.
     """
-    return raw.install_filter(seccomp.build_filter(seccomp.WORKER), listener=True)
+    return raw.install_filter(seccomp.worker_program(), listener=True)
 
 
 def confine_plain_worker(secret: int) -> None:

@@ -17,6 +17,7 @@ import warnings
 from typing import Final
 
 from ..confine import _syscalls_unsafe as raw
+from ..confine import seccomp
 from ..confine import landlock
 from ..confine.places import GUEST_PACKAGES
 from ..confine.steps import Input, SessionConfinement, confine_supervisor
@@ -161,6 +162,8 @@ def main(control_fd: int, proc: int, kernel_ids: int) -> int:
         control.send(host, {"op": "failed", "error": "it does not count the tasks of root in this user namespace", "errno": 0})
         return 1
     worker.prepare()
+    seccomp.supervisor_program()  # every session installs them; building them takes longer than a fork
+    seccomp.worker_program()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors that end are reaped by the kernel
     own = os.pidfd_open(os.getpid())
