@@ -17,8 +17,7 @@ import warnings
 from typing import Final
 
 from ..confine import _syscalls_unsafe as raw
-from ..confine import seccomp
-from ..confine import landlock
+from ..confine import landlock, seccomp
 from ..confine.places import GUEST_PACKAGES
 from ..confine.steps import Input, SessionConfinement, confine_supervisor
 from . import control, supervisor, worker
