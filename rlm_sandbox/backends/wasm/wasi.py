@@ -1,7 +1,7 @@
 """The whole of the outside world that a guest can reach: clocks, random numbers, sleep, and its own four functions.
 
 No environment, no files, no sockets: what is not defined here traps, and a trap costs the guest its instance. Every value
-goes through the guest's `Peer`, which records it, so that a replay is told the same. No function takes a list.
+goes through the guest's `Peer`, which records it, so that a replay is told the same. Only `poll` takes a list, and refuses a long one.
 """
 
 from __future__ import annotations
