@@ -31,7 +31,7 @@ _FOLLOW_SECONDS: Final = 0.1
 _FOLLOW_ENTRIES: Final = 8
 #: Beyond this it does not wait for that.
 _PRESSING_SECONDS: Final = 0.5
-_PRESSING_ENTRIES: Final = 400
+_PRESSING_ENTRIES: Final = 4_000
 #: A machine may be this much slower at a replay than it was the first time.
 _SLACK: Final = 1.5
 
