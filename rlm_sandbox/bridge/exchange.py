@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 from ..limits import Limits
 from ..results import LimitHit
-from ..wire.codec import MAX_ELEMENTS, Attachment, Decoder, Encoder, ValueRefused, WireError
+from ..wire.codec import MAX_ELEMENTS, MAX_JSON_INT, Attachment, Decoder, Encoder, ValueRefused, WireError
 from ..wire.frames import USUAL_HEADER, FrameTooLarge
 from ..wire.messages import FRAME_OVERHEAD, MAX_CALLS_PER_SUSPENSION, Done, Forget, Message, Resume, Suspend, load_message
 from .capture import Capture
@@ -234,11 +234,14 @@ class Exchange(abc.ABC):
     def _on_suspend(self, message: Suspend, attachments: list[Attachment], size: int) -> None:
         if len(message.calls) > MAX_CALLS_PER_SUSPENSION:
             raise WireError("too many calls in one suspension")
-        self._check_size(attachments)
+        if attachments:
+            self._check_size(attachments)
         if not message.calls and not self._outstanding and not self._watchdog.ending:
             raise WireError("it waits for answers to no call")
         decoder = Decoder(attachments)
         calls = [self._checked_call(fields, decoder) for fields in message.calls]
+        if len(calls) == 1 and not (message.more or attachments or self._outstanding) and self._answered_at_once(*calls[0]):
+            return
         # Weighed before any is started: calls that wait hold their arguments, and a guest can add to them for ever.
         weight = size + _ELEMENT_BYTES * decoder.elements
         allowed = None if self._limits.value_bytes is None else self._max_frame + _ELEMENT_BYTES * MAX_ELEMENTS
@@ -260,6 +263,32 @@ class Exchange(abc.ABC):
             raise WireError("a host call's number was used before")
         self._last_call = number
         return number, handle, method, decoder.decode(fields[3]), decoder.decode(fields[4])
+
+    def _answered_at_once(self, number: int, handle: int, method: str | None, args: Any, kwargs: Any) -> bool:
+        """The short way of a single inline call that returns something small: no queue, no second look at the deadlines.
+
+        False, with nothing done, if it has to go the long way. What time or an interrupt demands meanwhile, the next step sees.
+        """
+        allowed = self._limits.host_calls
+        if self._watchdog.ending or (allowed is not None and self._host_calls >= allowed):
+            return False
+        try:
+            call = self._handles.resolve(handle, method, args, kwargs)
+        except CallRefused:
+            return False
+        if not call.inline:
+            return False
+        self._host_calls += 1
+        outcome = run_call(call)
+        value = None if isinstance(outcome, CallFailed) else outcome.value
+        small = value is None or type(value) is bool or (type(value) is int and -MAX_JSON_INT <= value <= MAX_JSON_INT)
+        if isinstance(outcome, CallFailed) or not small:
+            self._outstanding[number] = call
+            self._answers.append((number, outcome))
+        else:
+            self._join_at = None
+            self._hand_over(Resume([[number, value, None]]), [])
+        return True
 
     def _start_call(
         self, number: int, handle: int, method: str | None, args: Any, kwargs: Any, weight: int, too_much: bool

@@ -203,7 +203,7 @@ class HandleTable:
         malformed = type(args) not in (list, tuple) or type(kwargs) is not dict
         if malformed or (method is not None and type(method) is not str):
             raise CallRefused(f"{bound.name}: arguments are malformed")
-        if not all(type(key) is str and key.isidentifier() for key in kwargs):
+        if kwargs and not all(type(key) is str and key.isidentifier() for key in kwargs):
             raise CallRefused(f"{bound.name}: keyword arguments must be named by identifiers")
         name, function, is_async = bound.name, bound.target, bound.kind == "async"
         if method is None:
