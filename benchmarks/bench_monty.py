@@ -1,9 +1,9 @@
 """The `monty` backend beside its bare engine in the same run. One JSON line per figure, with all its parameters.
 
-    python benchmarks/bench_monty.py [--rounds N] [--check]
+    python benchmarks/bench_monty.py [--rounds N] [--sessions N] [--check]
 
 Bare and ours are measured in turns, one call of each after the other, so that a busy moment of the machine hits both.
-``--check`` exits with 1 if a figure of the project's promises is not met. See README.md.
+The last lines are a table of the promised figures. ``--check`` exits with 1 if one of them is not met. See README.md.
 """
 
 from __future__ import annotations
@@ -53,9 +53,17 @@ class Report:
 
     def __init__(self) -> None:
         self.broken: list[str] = []
+        self._kept: list[tuple[str, ...]] = []
 
     def line(
-        self, name: str, values: list[float], unit: str, scale: float, promise: float | None = None, **parameters: Any
+        self,
+        name: str,
+        values: list[float],
+        unit: str,
+        scale: float,
+        promise: float | None = None,
+        bare: float | None = None,
+        **parameters: Any,
     ) -> float:
         ordered = sorted(values)
         median = statistics.median(ordered) * scale
@@ -67,12 +75,35 @@ class Report:
             "n": len(ordered),
             **parameters,
         }
+        if bare is not None:
+            line |= {
+                "bare": round(bare, 3),
+                "over_bare": round(median - bare, 3),
+                "ratio": round(median / bare, 2) if bare else None,
+            }
         if promise is not None:
-            line |= {"promise": round(promise, 3), "kept": median <= promise}
+            line |= {"promise": round(promise, 3), "of_promise": round(median / promise, 2), "kept": median <= promise}
             if median > promise:
                 self.broken.append(name)
+            how = ", ".join(f"{key}={value}" for key, value in parameters.items() if key in ("inline", "how", "limit", "code"))
+            self._kept.append(
+                (
+                    f"{name} ({how})" if how else name,
+                    f"{median:.3g} {unit}",
+                    "-" if bare is None else f"{bare:.3g} {unit}",
+                    f"{promise:.3g} {unit}",
+                    f"{median / promise:.2f}",
+                    "kept" if median <= promise else "BROKEN",
+                )
+            )
         print(json.dumps(line), flush=True)
         return median
+
+    def summary(self) -> str:
+        """Every promised figure: measured, bare, promised, and the share of the promise that it takes."""
+        rows = [("figure", "measured", "bare", "promised", "share", ""), *self._kept]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 @contextlib.contextmanager
@@ -111,8 +142,8 @@ def bench_start(report: Report, rounds: int, pool: monty.Monty) -> None:
         with bare_session(pool):
             pass
 
-    report.line("bare checkout, worker used again", in_turns(rounds, bare=checkout)["bare"], "ms", 1e3)
-    report.line("session start, warm", opened, "ms", 1e3, promise=1.0, spare_workers=1)
+    bare = report.line("bare checkout, worker used again", in_turns(rounds, bare=checkout)["bare"], "ms", 1e3)
+    report.line("session start, warm", opened, "ms", 1e3, promise=1.0, bare=bare, spare_workers=1)
     report.line("session start, cold", fresh, "ms", 1e3, spare_workers=0)
 
 
@@ -120,7 +151,8 @@ def bench_exec(report: Report, rounds: int, pool: monty.Monty, *, recovery: bool
     with bare_session(pool) as session, open_repl("monty", recovery=recovery) as repl:
         found = in_turns(rounds, bare=lambda: session.feed_run("x = 1"), ours=lambda: repl.exec("x = 1"))
         bare = report.line("bare exec", found["bare"], "us", 1e6, code="x = 1")
-        report.line("exec", found["ours"], "us", 1e6, code="x = 1", recovery=recovery, promise=None if recovery else bare + 40.0)
+        promise = None if recovery else bare + 40.0
+        report.line("exec", found["ours"], "us", 1e6, code="x = 1", recovery=recovery, promise=promise, bare=bare)
 
 
 def bench_calls(report: Report, rounds: int, pool: monty.Monty, *, inline: bool, recovery: bool) -> None:
@@ -139,6 +171,7 @@ def bench_calls(report: Report, rounds: int, pool: monty.Monty, *, inline: bool,
             inline=inline,
             recovery=recovery,
             promise=None if recovery else bare + 40.0,
+            bare=bare,
         )
 
 
@@ -146,22 +179,49 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def bench_context(report: Report, rounds: int) -> None:
+class Size:
+    """A host object for the bare engine: it holds the same text and is never copied either."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def size(self) -> int:
+        return len(self.context)
+
+
+def bench_context(report: Report, rounds: int, pool: monty.Monty) -> None:
     context = Context.from_text("0123456789abcdef\n" * (100_000_000 // 17))
     times: list[float] = []
+    bare: list[float] = []
     grown = 0
     for _ in range(min(rounds, 20)):
+        with bare_session(pool) as session:
+            session.feed_run("1")
+            inputs: dict[str, Any] = {"ctx": monty.ClassInstance(Size(context), allowed_methods={"size"})}
+            bare.append(seconds(lambda session=session, inputs=inputs: session.feed_run("pass", inputs=inputs)))  # type: ignore[misc]
         with open_repl("monty") as repl:
             repl.exec("1")
             before = resident()
             times.append(seconds(lambda repl=repl: repl.bind("ctx", context)))  # type: ignore[misc]
             grown = max(grown, resident() - before)
             assert repl.exec("len(ctx)").value == str(len(context))
-    report.line("bind a context", times, "ms", 1e3, promise=5.0, chars=len(context), host_memory_grew_bytes=grown)
+    median = report.line("bare engine, a host object bound", bare, "ms", 1e3)
+    report.line("bind a context", times, "ms", 1e3, promise=5.0, bare=median, chars=len(context), host_memory_grew_bytes=grown)
+    report.line("memory that binding a context takes", [grown], "MB", 1e-6, promise=10.0, chars=len(context))
 
 
-def bench_kill(report: Report, rounds: int) -> None:
+def bare_overrun(pool: monty.Monty) -> float:
+    """Seconds beyond its limit that the bare engine lets a loop run."""
+    start = time.perf_counter()
+    with contextlib.suppress(monty.MontyRuntimeError), pool.checkout(limits={"max_feed_duration_secs": 0.2}) as session:
+        start = time.perf_counter()
+        session.feed_run("while True: pass")
+    return time.perf_counter() - start - 0.2
+
+
+def bench_kill(report: Report, rounds: int, pool: monty.Monty) -> None:
     """How late a cell that loops ends, by the interpreter's own clock and by ours alone, and the restore after it."""
+    bare = report.line("bare engine, a loop beyond its limit", [bare_overrun(pool) for _ in range(min(rounds, 20))], "ms", 1e3)
     for how, code in (("loop", "while True: pass"), ("sleep", "import time\ntime.sleep(60)")):
         late: list[float] = []
         total: list[float] = []
@@ -173,30 +233,42 @@ def bench_kill(report: Report, rounds: int) -> None:
                 total.append(time.perf_counter() - start - 0.2)
                 assert (result.outcome, result.state) == ("limit", "restored"), result
                 late.append((result.usage.wall_seconds or 0.0) - 0.2)
-        report.line("kill after the limit", late, "ms", 1e3, promise=50.0, how=how, limit="time_seconds", limit_seconds=0.2)
-        report.line("kill and restore after the limit", total, "ms", 1e3, how=how, limit="time_seconds", limit_seconds=0.2)
+        parameters: dict[str, Any] = {"how": how, "limit": "time_seconds", "limit_seconds": 0.2}
+        report.line("kill after the limit", late, "ms", 1e3, promise=50.0, bare=bare if how == "loop" else None, **parameters)
+        report.line("kill and restore after the limit", total, "ms", 1e3, **parameters)
     late = []
     with open_repl("monty", limits=Limits(time_seconds=5)) as repl:
         for _ in range(min(rounds, 20)):
             result = repl.exec("while True: pass", limits=Limits(wall_seconds=0.2))
             late.append((result.usage.wall_seconds or 0.0) - 0.2)
-    report.line("kill after the limit", late, "ms", 1e3, promise=50.0, how="loop", limit="wall_seconds", limit_seconds=0.2)
+    report.line(
+        "kill after the limit", late, "ms", 1e3, promise=50.0, bare=bare, how="loop", limit="wall_seconds", limit_seconds=0.2
+    )
 
 
-def bench_many(report: Report) -> None:
+def bench_many(report: Report, count: int) -> None:
     """Sessions beyond the workers: what a parked one costs, in memory and in the time of its next call."""
     options = MontyOptions(max_processes=4)
-    count = 200
     with contextlib.ExitStack() as stack:
         before = resident()
         repls: list[REPLProtocol] = []
+        opened: list[float] = []
         for number in range(count):
+            start = time.perf_counter()
             repl = stack.enter_context(open_repl("monty", options=options))
             repl.set("x", number)
+            opened.append(time.perf_counter() - start)
             repls.append(repl)
         grown = resident() - before
-        times = [seconds(lambda repl=repl: repl.exec("x")) for repl in repls[:40]]  # type: ignore[misc]
-    report.line("call on a parked session", times, "ms", 1e3, sessions=count, workers=4, host_bytes_per_session=grown // count)
+        chosen = range(0, count, max(1, count // 100))
+        times = [seconds(lambda number=number: wake(repls[number], number)) for number in chosen]  # type: ignore[misc]
+    parameters: dict[str, Any] = {"sessions": count, "workers": 4}
+    report.line("open one more session, parking another", opened, "ms", 1e3, **parameters)
+    report.line("call on a parked session", times, "ms", 1e3, host_bytes_per_session=grown // count, **parameters)
+
+
+def wake(repl: REPLProtocol, number: int) -> None:
+    assert repl.exec("x").value == str(number)
 
 
 def bench_copies(report: Report, rounds: int) -> None:
@@ -212,6 +284,7 @@ def bench_copies(report: Report, rounds: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--sessions", type=int, default=2_000, help="sessions of the parking benchmark, a minute a thousand")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a promise is broken")
     chosen = parser.parse_args()
     machine = {
@@ -228,10 +301,11 @@ def main() -> int:
         bench_calls(report, chosen.rounds, pool, inline=False, recovery=False)
         bench_calls(report, chosen.rounds, pool, inline=True, recovery=False)
         bench_calls(report, chosen.rounds, pool, inline=False, recovery=True)
-    bench_context(report, chosen.rounds)
-    bench_kill(report, chosen.rounds)
+        bench_context(report, chosen.rounds, pool)
+        bench_kill(report, chosen.rounds, pool)
     bench_copies(report, chosen.rounds)
-    bench_many(report)
+    bench_many(report, chosen.sessions)
+    print(report.summary(), flush=True)
     if report.broken:
         print(f"not kept: {', '.join(dict.fromkeys(report.broken))}", file=sys.stderr)
     return 1 if chosen.check and report.broken else 0

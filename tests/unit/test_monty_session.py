@@ -296,6 +296,68 @@ def test_what_is_not_plain_is_opaque_and_never_text(repl: REPLProtocol) -> None:
     assert found[0].type_name == "function"
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("x = []\nx.append(x)\nask(x)", [Opaque("list", "[...]")]),
+        ("x = {}\nx['k'] = x\nask(x)", {"k": Opaque("dict", "{...}")}),
+        ("x = [1]\nx.append({'k': x})\nask(x)", [1, {"k": Opaque("list", "[...]")}]),
+        ("x = ([],)\nx[0].append(x)\nask(x)", ([Opaque("tuple", "(...)")],)),
+        ("x = [1]\nask([x, x, '{...}'])", [[1], [1], "{...}"]),
+        ("ask('[...]')", "[...]"),
+    ],
+)
+def test_what_contains_itself_reaches_the_host_as_opaque(repl: REPLProtocol, code: str, expected: object) -> None:
+    asked: list[object] = []
+    repl.bind("ask", asked.append)
+    assert repl.exec(code).outcome == "ok"
+    assert asked == [expected]
+
+
+def test_what_contains_itself_can_be_read(repl: REPLProtocol) -> None:
+    repl.exec("x = [1]\nx.append(x)\ny = {'x': x}\nz = [[[[1]]]]")
+    assert repl.get("x") == [1, Opaque("list", "[1, [...]]")]
+    assert repl.get("y") == {"x": [1, Opaque("list", "[1, [...]]")]}
+    assert repl.get("z") == [[[[1]]]]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "range(3)", "slice(1, None)", "iter([1])", "iter('a')", "iter({1: 2})", "re.compile('a(b)')", "re.match('a', 'a')", "len", "int",
+        "itertools.count()", "itertools.cycle('a')", "functools.partial(int, '3')", "re", "{1: '('}.keys()", "{1: [2]}.items()", "1j",
+        "hashlib.md5()", "random.Random(1)", "decimal.getcontext()", "ValueError('x')", "sys.stdout", "csv.reader(['a'])", "decimal.Decimal(1)",
+        "pathlib.Path('a')", "itertools.groupby('a')", "typing",
+    ],
+)  # fmt: skip
+def test_what_is_no_plain_data_reaches_the_host_as_opaque(repl: REPLProtocol, argument: str) -> None:
+    asked: list[object] = []
+    repl.bind("ask", lambda *values: asked.extend(values))
+    modules = "csv, decimal, functools, hashlib, itertools, pathlib, random, re, sys, typing"
+    assert repl.exec(f"import {modules}\nask({argument}, [{argument}])").outcome == "ok"
+    assert isinstance(asked[0], Opaque)
+    assert isinstance(asked[1][0], Opaque)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "text", ["range", "dict_keys are odd", "<b>", "re.compile", "slice(1)ing", "Field(s)", "<stdin>", "ranges(1, 2)", "functools"]
+)
+def test_ordinary_text_reaches_the_host_as_text(repl: REPLProtocol, text: str) -> None:
+    asked: list[object] = []
+    repl.bind("ask", asked.append)
+    repl.set("given", text)
+    repl.exec("ask(given)")
+    assert asked == [text]
+
+
+@pytest.mark.parametrize("argument", ["f", "[f]", "{f}", "{f: 1}", "(1, {'k': lambda: 1})"])
+def test_a_function_is_no_text_wherever_it_is(repl: REPLProtocol, argument: str) -> None:
+    asked: list[object] = []
+    repl.bind("ask", asked.append)
+    assert repl.exec(f"def f(): pass\nask({argument})").outcome == "error"
+    assert asked == []
+
+
 @pytest.mark.parametrize("value", ["\ud800", {"k": ["\udfff"]}])
 def test_what_the_engine_would_change_is_refused(repl: REPLProtocol, value: object) -> None:
     with pytest.raises(UnsendableValue):

@@ -41,32 +41,37 @@ def _rlm_echo(value: object) -> str | None:
     return None if value is None else repr(value)
 
 
-def _rlm_plain(value: object, mark: str, depth: int) -> object:
+def _rlm_plain(value: object, mark: str, above: list[object] | None, depth: int) -> object:
     """``value`` with everything that is not plain data replaced by ``(mark, type name, repr)``.
 
-    Without this a function or an iterator would reach the host as a mere text.
+    Without this a function or an iterator would reach the host as a mere text. ``above``: the containers around ``value``,
+    to find one that contains itself; None does without, in less time.
     """
     kind = type(value)
     if kind in _rlm_leaves:
         return value
+    if not isinstance(value, (list, tuple, dict, set, frozenset)):
+        return (mark, kind.__name__, repr(value)[:2000])
+    if above is not None:
+        if any([one is value for one in above]):  # noqa: C419 - to the engine a generator expression is a list too
+            return (mark, kind.__name__, repr(value)[:2000])
+        above = [*above, value]
     if depth > 64:
         raise ValueError("the value is nested deeper than 64 levels")
     if isinstance(value, list):
-        return [_rlm_plain(item, mark, depth + 1) for item in value]
-    if isinstance(value, tuple):
-        return tuple([_rlm_plain(item, mark, depth + 1) for item in value])
+        return [_rlm_plain(item, mark, above, depth + 1) for item in value]
     if isinstance(value, dict):
-        return {_rlm_plain(key, mark, depth + 1): _rlm_plain(item, mark, depth + 1) for key, item in value.items()}
-    if isinstance(value, set):
-        return {_rlm_plain(item, mark, depth + 1) for item in value}
-    if isinstance(value, frozenset):
-        return frozenset([_rlm_plain(item, mark, depth + 1) for item in value])
-    return (mark, kind.__name__, repr(value)[:2000])
+        return {_rlm_plain(key, mark, above, depth + 1): _rlm_plain(item, mark, above, depth + 1) for key, item in value.items()}
+    items = [_rlm_plain(item, mark, above, depth + 1) for item in value]
+    return tuple(items) if isinstance(value, tuple) else set(items) if isinstance(value, set) else frozenset(items)
 
 
 def _rlm_take(scope: dict[str, object], names: list[str], mark: str) -> dict[str, object]:
     """The plain values of those of ``names`` that exist."""
-    return {name: _rlm_plain(scope[name], mark, 0) for name in names if name in scope}
+    try:
+        return {name: _rlm_plain(scope[name], mark, None, 0) for name in names if name in scope}
+    except ValueError:
+        return {name: _rlm_plain(scope[name], mark, [], 0) for name in names if name in scope}
 
 
 def _rlm_summary(value: object) -> str:

@@ -18,6 +18,13 @@ __all__ = ("arguments", "from_guest", "to_guest", "weight")
 _CALLABLE_TEXT: Final = re.compile(
     r"<(?:function|bound method|class|coroutine|built-in) [^\n]{0,300}>|<host (?:function|method) [^\n]{0,300}>"
 )
+#: So do other objects that are no plain data. A text that looks exactly so arrives as `Opaque` too.
+_OBJECT_TEXT: Final = re.compile(
+    r"<(?P<object>[\w.]{1,60})(?: [\w.]{1,60})? object[^\n]{0,300}>|<(?P<plain>module|stdout|stderr|\w{1,60}_\w{0,20}iterator)[^\n]{0,300}>"
+    r"|(?P<range>range|slice)\([^\n()]{1,100}\)"
+    r"|(?P<call>re\.compile|functools\.partial|dict_keys|dict_values|dict_items|Context|Field)\((?:'|r'|<|\[|prec=|name=).*\)",
+    re.DOTALL,
+)
 MAX_FRAME_BYTES: Final = 240 << 20
 
 
@@ -106,7 +113,10 @@ def arguments(value: Any, max_bytes: int | None) -> Any:
     """
     if not value:
         return type(value)()
-    return _plain_argument(plain_copy(value, max_bytes=max_bytes, fallback=_guest_object))
+    plain = plain_copy(value, max_bytes=max_bytes, fallback=_guest_object)
+    if type(plain) is tuple:  # the arguments' own tuple is none of the guest's
+        return tuple([_plain_argument(item) for item in plain])
+    return {key: _plain_argument(item) for key, item in plain.items()}
 
 
 def weight(value: Any) -> int:
@@ -130,18 +140,32 @@ def _guest_object(value: Any) -> OpaqueValue:
     return OpaqueValue(name if isinstance(name, str) else type(value).__name__, "<object>")
 
 
-def _plain_argument(value: Any) -> Any:
+#: What the engine puts in place of a container inside itself: a text, as if the guest had written it.
+_ITSELF: Final[dict[type, str]] = {list: "[...]", dict: "{...}", tuple: "(...)"}
+_FIRST: Final = frozenset("<rsfdCF")
+_TYPE_OF: Final = {text: kind.__name__ for kind, text in _ITSELF.items()}
+
+
+def _plain_argument(value: Any, around: frozenset[str] = frozenset()) -> Any:
+    """``around``: the texts that may stand for a container around ``value``, inside which they are no text for certain."""
     kind = type(value)
     if kind is str:
+        if value in around:
+            return Opaque(_TYPE_OF[value], value)
         if value.startswith("<") and _CALLABLE_TEXT.fullmatch(value):
             raise ValueRefused("a guest's function cannot be passed to a host function; pass plain data")
-        return value
+        found = _OBJECT_TEXT.fullmatch(value) if value[:1] in _FIRST else None
+        return value if found is None else Opaque(str(found[found.lastgroup or 0]), value[:2000])
+    if kind in _ITSELF:
+        around |= {_ITSELF[kind]}
     if kind is list:
-        return [_plain_argument(item) for item in value]
+        return [_plain_argument(item, around) for item in value]
     if kind is tuple:
-        return tuple([_plain_argument(item) for item in value])
+        return tuple([_plain_argument(item, around) for item in value])
     if kind is dict:
-        return {key: _plain_argument(item) for key, item in value.items()}
+        return {_plain_argument(key): _plain_argument(item, around) for key, item in value.items()}
+    if kind in (set, frozenset):
+        return kind([_plain_argument(item) for item in value])
     if kind is OpaqueValue:
         return Opaque(value.type_name, value.repr)
     return value
