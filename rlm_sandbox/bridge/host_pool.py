@@ -42,6 +42,9 @@ class HostPool:
         self._threads = 0
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        #: The event loop itself holds only weak references. Touched on its thread only.
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks_given = 0
 
     def submit(self, call: HostCall, on_done: Callable[[Outcome], None]) -> None:
         """Start ``call``; ``on_done`` gets its outcome on a pool thread, once. After `close` nothing is started."""
@@ -74,9 +77,14 @@ class HostPool:
             on_done(failure(call, exc))
 
     def drop_queued(self) -> None:
-        """Forget the calls that no thread has begun: their cell has ended, and what they would cost is wasted."""
+        """Forget the calls that no thread has begun and cancel those of ``async def`` functions: their cell has ended, and what
+        they would cost is wasted. A function that a thread runs cannot be ended; its answer is refused."""
         with self._lock:
             self._queue.clear()
+            if self._loop is not None and self._tasks_given:
+                self._tasks_given = 0
+                # What is submitted later is started later, so this cancels no call of a later cell.
+                self._loop.call_soon_threadsafe(_cancel, self._tasks)
 
     def close(self) -> None:
         """Let idle threads end and start nothing more. Running functions are left to themselves."""
@@ -138,17 +146,24 @@ class HostPool:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_run_loop, args=(self._loop,), name="rlm-sandbox-host-loop", daemon=True).start()
             # Under the lock, so that it comes before the stop of a `close` on another thread.
-            self._loop.call_soon_threadsafe(_start, self._loop, run(), context)
+            self._tasks_given += 1
+            self._loop.call_soon_threadsafe(_start, self._loop, run(), context, self._tasks)
 
 
-#: The event loop holds only weak references to tasks.
-_RUNNING: Final[set[asyncio.Task[Any]]] = set()
-
-
-def _start(loop: asyncio.AbstractEventLoop, running: Coroutine[Any, Any, None], context: contextvars.Context) -> None:
+def _start(
+    loop: asyncio.AbstractEventLoop,
+    running: Coroutine[Any, Any, None],
+    context: contextvars.Context,
+    tasks: set[asyncio.Task[Any]],
+) -> None:
     task = loop.create_task(running, context=context)
-    _RUNNING.add(task)
-    task.add_done_callback(_RUNNING.discard)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+
+
+def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in list(tasks):
+        task.cancel()
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:

@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from rlm_sandbox import Limits, open_repl
 from rlm_sandbox.bridge import host_pool
 from rlm_sandbox.bridge.handles import CallFailed, CallReturned, HostCall, Outcome
 from rlm_sandbox.bridge.host_pool import HostPool
+from rlm_sandbox.registry import load_backend
+
+from ..conftest import require_usable
 
 PATIENCE = 20.0
 
@@ -181,3 +185,51 @@ def test_queued_calls_are_dropped_by_close() -> None:
     release.set()
     time.sleep(0.05)
     assert waiting.empty()
+
+
+def test_async_calls_end_with_their_cell_and_later_ones_do_not(pool: HostPool) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    async def waits() -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def quick() -> int:
+        await asyncio.sleep(0.01)
+        return 5
+
+    submit(pool, waits, is_async=True)
+    assert begun.wait(PATIENCE)
+    pool.drop_queued()
+    later = submit(pool, quick, is_async=True)
+    assert ended.wait(PATIENCE), "it goes on although its cell has ended"
+    assert later.get(timeout=PATIENCE) == CallReturned(5)
+
+
+@pytest.mark.parametrize("name", ["jail", "wasm"])
+def test_an_async_host_function_is_cancelled_with_its_cell(name: str) -> None:
+    require_usable(name, load_backend(name).probe())
+    begun, ended = threading.Event(), threading.Event()
+
+    async def model(_: str) -> str:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+        return ""
+
+    async def quick() -> int:
+        await asyncio.sleep(0.01)
+        return 42
+
+    with open_repl(name, limits=Limits(wall_seconds=0.5)) as repl:
+        repl.bind("model", model)
+        repl.bind("quick", quick)
+        assert repl.exec("await model('?')").outcome == "limit"
+        assert begun.wait(10)
+        assert ended.wait(10), "the model is still paid for"
+        assert repl.exec("await quick()").value == "42"
