@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from rlm_sandbox import backend_names
 from rlm_sandbox.cli import app
 from rlm_sandbox.registry import load_backend
 
-from .conftest import REQUIRE
+from .conftest import require_usable
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -103,9 +102,7 @@ def test_the_readme_shows_the_quickstart_as_it_is() -> None:
 
 
 def test_the_quickstart_prints_what_its_comments_say() -> None:
-    jail = load_backend("jail").probe()
-    if not jail.usable and "jail" not in os.environ.get(REQUIRE, "").split(","):
-        pytest.skip(f"jail is unavailable: {jail.reason}; {jail.remedy}")
+    require_usable("jail", load_backend("jail").probe())
     done = subprocess.run([sys.executable, QUICKSTART], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
@@ -125,9 +122,7 @@ def test_the_quickstart_prints_what_its_comments_say() -> None:
     ],
 )
 def test_an_example_runs(name: str, says: list[str]) -> None:
-    jail = load_backend("jail").probe()
-    if not jail.usable and "jail" not in os.environ.get(REQUIRE, "").split(","):
-        pytest.skip(f"jail is unavailable: {jail.reason}; {jail.remedy}")
+    require_usable("jail", load_backend("jail").probe())
     script = ROOT / "examples" / f"{name}.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -7,10 +7,12 @@ come here. What a host function raises stays on the host unless its class was al
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import logging
 import operator
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -232,8 +234,7 @@ class HandleTable:
             if not callable(function):  # it was there when the object was exposed
                 raise CallRefused(f"{bound.name} has no such method")
             name, is_async = f"{bound.name}.{method}", _is_async(function)
-            if isinstance(bound.target, Context):
-                _check_search(name, bound.target, method, args, kwargs)
+        _check_search(name, function, args, kwargs)
         return HostCall(name, function, tuple(args), kwargs, bound.inline, is_async, bound.errors)
 
     def export(self, value: Any) -> HandleRef:
@@ -250,8 +251,16 @@ class HandleTable:
         raise ValueRefused(f"a value of type {type(value).__name__} is not plain data")
 
 
-def _check_search(name: str, context: Context, method: str, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """A guest's regular expression never runs on the host: it would hold the interpreter's lock, and no limit could end it."""
+def _check_search(name: str, function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """A guest's regular expression never runs on the host: it would hold the interpreter's lock, and no limit could end it.
+
+    For the methods of a `Context`, however they were bound: of the object, by themselves, or with some arguments given.
+    """
+    while isinstance(function, functools.partial):
+        function, args, kwargs = function.func, (*function.args, *args), {**function.keywords, **kwargs}
+    if not isinstance(function, types.MethodType) or not isinstance(function.__self__, Context):
+        return
+    context, method = function.__self__, function.__name__
     if (method == "find" and kwargs.get("regex")) or (method == "page" and (len(args) > 1 or "marker_pattern" in kwargs)):
         raise CallRefused(f"{name}: regular expressions do not run on the host; take the text with slice() and use re on it")
     if method == "find" and not kwargs.get("case_sensitive", True):

@@ -11,10 +11,9 @@ from typing import Any, Final
 
 import pytest
 
-from rlm_sandbox import BackendUnavailable, Context, Limits, backend_names
-from rlm_sandbox.registry import load_backend
+from rlm_sandbox import Context, Limits, backend_names
 
-from ..conftest import VARIANTS, declared_by, lowest_grade, open_variant
+from ..conftest import VARIANTS, declared_by, lowest_grade, open_variant, require_usable, variant_state
 
 HERE: Final = Path(__file__).parent
 LIMITATIONS: Final = HERE.parents[1] / "docs" / "limitations"
@@ -80,12 +79,7 @@ def run(backend: str, case: Case) -> list[tuple[Any, ...]]:
 @cache
 def reference(case: Case) -> list[tuple[Any, ...]]:
     """The reference backend's results; the test is skipped where it does not work."""
-    try:
-        usable = load_backend(REFERENCE).probe().usable
-    except BackendUnavailable:
-        usable = False
-    if not usable:
-        pytest.skip(f"{REFERENCE}, with which every backend is compared, is unavailable")
+    require_usable(REFERENCE, variant_state(REFERENCE))
     return run(REFERENCE, case)
 
 

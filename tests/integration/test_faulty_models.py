@@ -21,6 +21,7 @@ from rlm_sandbox import RLM, AdapterError, JsonlWriter, Limits, OpenAIAdapter, P
 from rlm_sandbox.orchestrator import Listener, RunFinished, SubcallFinished, Trace
 from rlm_sandbox.testing import FakeREPL
 
+from ..conftest import require_usable
 from .faulty_server import (
     Behaviour,
     FaultyServer,
@@ -195,8 +196,8 @@ CUT = {
 @pytest.mark.parametrize(("text", "cells"), CUT.values(), ids=CUT)
 @pytest.mark.parametrize("where", ["fake", "jail"])
 def test_replies_that_are_cut_or_odd_do_not_end_the_run(where: str, text: str, cells: int, finish_reason: str) -> None:
-    if where == "jail" and not available()["jail"].usable:
-        pytest.skip("jail is unavailable here")
+    if where == "jail":
+        require_usable("jail", available()["jail"])
     with FaultyServer(says(CELL), says(text, finish_reason=finish_reason), says(FINAL)) as server:
         rlm = RLM(_adapter(server), repl_backend="jail", repl_factory=FakeREPL if where == "fake" else None)
         answer, trace = rlm.run("q", "hay")
@@ -350,8 +351,8 @@ INTERRUPTED: dict[str, tuple[str, tuple[str, ...], Behaviour, str]] = {
 def test_ctrl_c_ends_a_run_with_its_trajectory_complete(
     where: str, replies: tuple[str, ...], fault: Behaviour, seconds: str, tmp_path: Path
 ) -> None:
-    if where == "jail" and not available()["jail"].usable:
-        pytest.skip("jail is unavailable here")
+    if where == "jail":
+        require_usable("jail", available()["jail"])
     path = tmp_path / "run.jsonl"
     in_a_cell = len(replies) == 2
     with FaultyServer(*map(says, replies), fault) as server:

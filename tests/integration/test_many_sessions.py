@@ -28,14 +28,15 @@ import pytest
 from rlm_sandbox import Context, Limits, OutputChunk, REPLProtocol, SessionClosed, open_repl
 from rlm_sandbox.registry import load_backend
 
+from ..conftest import require_usable
+
 #: How long what was killed may take to be gone; a loaded machine's share included.
 GONE_SECONDS: Final = 2.0
 
 
 @pytest.fixture(scope="module", autouse=True)
 def usable() -> None:
-    if sys.platform != "linux" or not load_backend("jail").probe().usable:
-        pytest.skip("the jail does not work here")
+    require_usable("jail", load_backend("jail").probe())
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ import pytest
 
 from rlm_sandbox import available
 
+from ..conftest import require_usable
+
 REPL = [sys.executable, "-m", "rlm_sandbox", "repl"]
 #: Makes standard input the controlling terminal, so that Ctrl-C is a signal.
 _ON_A_TERMINAL = (
@@ -25,8 +27,7 @@ _ON_A_TERMINAL = (
 
 @pytest.fixture(autouse=True)
 def _jail() -> None:
-    if not available()["jail"].usable:
-        pytest.skip("jail is unavailable here")
+    require_usable("jail", available()["jail"])
 
 
 def _piped(text: str, *arguments: str) -> tuple[int, str, str]:

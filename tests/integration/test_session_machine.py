@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from typing import Any, Final
@@ -25,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from rlm_sandbox import ExecResult, GuestCrashed, Limits, SessionBusy, open_repl
 from rlm_sandbox.registry import load_backend
 
+from ..conftest import require_usable
 from ..values import plain_values, same
 
 EXAMPLES: Final = int(os.environ.get("RLM_SANDBOX_EXAMPLES", "15"))
@@ -284,8 +284,7 @@ class Session(RuleBasedStateMachine):
 
 @pytest.fixture(autouse=True)
 def usable() -> None:
-    if sys.platform != "linux" or not load_backend("jail").probe().usable:
-        pytest.skip("the jail does not work here")
+    require_usable("jail", load_backend("jail").probe())
 
 
 Session.TestCase.settings = settings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 from collections.abc import Iterator
@@ -348,3 +349,30 @@ def test_opaque_survives_a_broken_repr() -> None:
             raise RuntimeError
 
     assert opaque(Broken()) == OpaqueValue("Broken", "<repr failed>")
+
+
+_TEXT = Context.from_documents(["a" * 40 + "c"])
+_CATASTROPHIC = "(a|aa)+$"
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "kwargs"),
+    [
+        (_TEXT.find, (_CATASTROPHIC,), {"regex": True}),
+        (_TEXT.page, (1, _CATASTROPHIC), {}),
+        (_TEXT.page, (1,), {"marker_pattern": _CATASTROPHIC}),
+        (functools.partial(_TEXT.find, regex=True), (_CATASTROPHIC,), {}),
+        (functools.partial(functools.partial(_TEXT.find, _CATASTROPHIC), max_matches=1), (), {"regex": True}),
+        (functools.partial(_TEXT.page, 1), (_CATASTROPHIC,), {}),
+        (_TEXT.find, ("b" * 100_000_000,), {"case_sensitive": False}),
+    ],
+)
+def test_a_method_of_a_context_bound_by_itself_runs_no_pattern_on_the_host(
+    table: HandleTable, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """``bind("search", ctx.find)`` is not a way around what ``bind("ctx", ctx)`` refuses."""
+    handle = bind(table, target)
+    with pytest.raises(CallRefused, match="slice"):
+        table.resolve(handle, None, args, kwargs)
+    call = table.resolve(bind(table, _TEXT.find), None, ("aac",), {})
+    assert call.function(*call.args, **call.kwargs) == [(38, 41, "aac")]
