@@ -159,6 +159,21 @@ def test_more_sessions_than_workers() -> None:
         assert len(running) <= 2
 
 
+def test_hundreds_of_sessions_live_on_four_workers() -> None:
+    """Thousands are the benchmark's: `bench_monty.py --sessions 2000`. The language alone, whose workers start in no time."""
+    options = MontyOptions(max_processes=4, confinement="language")
+    with contextlib.ExitStack() as stack:
+        repls = [stack.enter_context(open_repl("monty", options=options)) for _ in range(300)]
+        for number, repl in enumerate(repls):
+            repl.set("x", [number])
+        asleep = [repl for repl in repls if repl._interpreter.parked]  # type: ignore[attr-defined]
+        assert len(asleep) >= 296
+        for number in (0, 150, 299, 7):
+            result = repls[number].exec("x.append(1)\nx")
+            assert (result.value, result.state) == (f"[{number}, 1]", "kept")
+        assert repls[7].get("x") == [7, 1]
+
+
 def test_a_session_without_recovery_can_be_parked_too() -> None:
     options = MontyOptions(max_processes=1)
     with open_repl("monty", options=options, recovery=False) as first, open_repl("monty", options=options) as second:
