@@ -198,7 +198,12 @@ def test_a_dump_that_is_forged_is_not_loaded(monkeypatch: pytest.MonkeyPatch) ->
 
     loaded: list[bytes] = []
     real = Worker.load
-    monkeypatch.setattr(Worker, "load", lambda self, state: (loaded.append(state), real(self, state))[1])
+
+    def load(worker: Worker, state: bytes) -> None:
+        loaded.append(state)
+        real(worker, state)
+
+    monkeypatch.setattr(Worker, "load", load)
     with open_repl("monty", limits=Limits(time_seconds=0.3)) as repl:
         repl.exec("x = 1")
         repl.get("x")
