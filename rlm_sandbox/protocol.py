@@ -106,7 +106,7 @@ class Capabilities:
     host_memory_worst_mb: int | None = None
     """The most host memory one session can take, None if it is not bounded."""
     layers: frozenset[str] = frozenset()
-    """Mechanisms in force around a session, by the names that ``rlm-sandbox doctor`` uses for them."""
+    """Mechanisms in force around a session, by the names that ``rlm-sandbox doctor`` uses; ``cgroup`` with each controller."""
     notes: tuple[str, ...] = field(default=())
 
     def grade(self, limit: str) -> Grade:

@@ -42,7 +42,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bundle": (),
     "usercache": (),
     # What `doctor` tries: the contract's backends, and the guest side's own confinement, mechanism by mechanism.
-    "diagnosis": (*CONTRACT, "confine", "runners.mapped_text"),
+    "diagnosis": (*CONTRACT, "confine", "runners.mapped_text", "backends.jail.cgroups"),
     # The guest side.
     "context.view": GUEST,
     "context.stored": GUEST,

@@ -174,6 +174,17 @@ LAYERS: Final = (
         _always(_KERNEL_REMEDY), needs=_USER,
     ),
     Layer(
+        "cgroup", kernel.cgroups,
+        "The kernel counts a whole session, its own memory for it included, and its word ends a cell that takes more.",
+        "The jail starts without it: limits hold for each process, their sum and the kernel's own memory are not counted, and no share "
+        "of the processors can be set.",
+        _always(
+            "run in a delegated group (systemd-run --user --scope -p Delegate=yes), or as root; JailOptions(cgroup='require') refuses to "
+            "go without"
+        ),
+        absent=Status.CAUTION,
+    ),
+    Layer(
         "memory files", kernel.memory_files,
         "A context is written once, and no guest can change it.",
         "The jail does not start: its own program and the contexts are handed over in sealed memory files.",
@@ -186,15 +197,6 @@ LAYERS: Final = (
         _always("use CPython 3.11, 3.12 or 3.13, 64-bit, in its ordinary build"), absent=Status.CAUTION,
     ),
 )  # fmt: skip
-
-#: What this version of the jail does not use: what is found is information, and nothing depends on it.
-UNUSED: Final[tuple[tuple[str, Callable[[], str], str], ...]] = (
-    (
-        "cgroup",
-        kernel.cgroup_delegation,
-        "This version does not use it: limits hold for each session, and nothing bounds the sum of all sessions or their CPU time.",
-    ),
-)
 
 
 def examine_layers() -> Iterator[Finding]:
@@ -212,10 +214,6 @@ def examine_layers() -> Iterator[Finding]:
         else:
             missing.add(layer.name)
             yield _finding(layer, layer.absent, result.found, layer.without, layer.remedy(result))
-    for name, trial, consequence in UNUSED:
-        result = attempt(trial)
-        found = result.found if result.works else f"not usable here: {result.found}"
-        yield Finding(backend=_BACKEND, layer=name, status=Status.SKIPPED, found=found, consequence=consequence)
 
 
 def _finding(layer: Layer, status: Status, found: str, consequence: str, remedy: str) -> Finding:

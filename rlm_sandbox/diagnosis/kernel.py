@@ -1,4 +1,4 @@
-"""Trials of the kernel's other mechanisms: filters, handles, limits, memory files; and of two the jail does not use yet."""
+"""Trials of the kernel's other mechanisms: filters, handles, limits, memory files; and of two that come on top where the machine has them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ import struct
 from pathlib import Path
 from typing import Final
 
+from ..backends.jail.cgroups import SessionGroup, hierarchy
 from ..confine import _syscalls_unsafe as raw
 from ..confine import seccomp
+from ..limits import Limits
 from ..runners import mapped_text
 from .trials import Refused
 
 __all__ = (
-    "cgroup_delegation", "kernel_version", "landlock", "mapped_texts", "memory_files", "memory_limits", "pidfds",
+    "cgroups", "kernel_version", "landlock", "mapped_texts", "memory_files", "memory_limits", "pidfds",
     "seccomp_filter", "seccomp_notifications",
 )  # fmt: skip
 
@@ -157,21 +159,11 @@ def landlock() -> str:
     raise Refused("a rule set was accepted and is not in force")
 
 
-def cgroup_delegation() -> str:
-    """A cgroup of our own, with a bound on memory and tasks."""
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    roots = [Path(fields[1]) for fields in mounts if fields[2] == "cgroup2"]
-    own = [line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::/")]
-    if not roots or not own:
-        raise Refused("there is no cgroup v2")
-    group = roots[0] / own[0].lstrip("/") / f"rlm-doctor-{os.getpid()}"
-    group.mkdir()
-    try:
-        missing = [name for name in ("memory.max", "pids.max") if not (group / name).exists()]
-        if missing:
-            raise Refused(f"a group can be made, but without {' and '.join(missing)}")
-        (group / "memory.max").write_text(str(64 * _MB))
-        (group / "pids.max").write_text("16")
-    finally:
-        group.rmdir()
-    return "a group with bounds on memory and tasks could be made"
+def cgroups() -> str:
+    """Groups of our own, with bounds on memory and tasks."""
+    found = hierarchy()
+    missing = [name for name in ("memory", "pids") if name not in found.places]
+    if missing:
+        raise Refused(f"this user can make no group for {' and '.join(missing)}")
+    SessionGroup(Limits(memory_mb=64), recovery=False, cpus=None).close()
+    return f"version {2 if found.unified else 1}: {', '.join(found.places)}"

@@ -11,15 +11,14 @@ from ...errors import BackendUnavailable
 from ...options import BackendOptions, JailOptions
 from ...protocol import Capabilities, Feature, Grade, REPLProtocol
 from ...registry import Availability, SessionConfig
+from .cgroups import check_required, hierarchy, worst_memory_mb
 from .guest import JailGuest
 from .inputs import check_inputs
 from .launch import Zygote, shared_zygote
 
 __all__ = ("BACKEND", "JailBackend")
 
-#: Copies of a heap at worst: the worker, its standby, and the next standby while it takes the other's place.
-_PROCESSES: Final = 3
-#: What the host spends on a session beside its workers: supervisor, page tables, sockets.
+#: What the host spends on a session outside its group: the supervisor.
 _OVERHEAD_MB: Final = 5
 
 
@@ -39,6 +38,8 @@ class JailBackend:
         """Start the zygote: that is the mechanism itself, and the first session needs it anyway."""
         try:
             shared_zygote()
+            if isinstance(options, JailOptions) and options.cgroup == "require":
+                check_required()
         except BackendUnavailable as exc:
             return Availability(False, exc.reason, exc.remedy)
         return Availability(True)
@@ -46,9 +47,10 @@ class JailBackend:
     def capabilities(self, config: SessionConfig) -> Capabilities:
         """What a session enforces."""
         limits = config.limits
-        worst = None
-        if limits.memory_mb is not None and limits.disk_mb is not None:
-            worst = limits.memory_mb * (_PROCESSES if config.recovery else 1) + limits.disk_mb + _OVERHEAD_MB
+        worst = worst_memory_mb(limits, recovery=config.recovery)
+        if worst is not None:
+            worst += _OVERHEAD_MB
+        groups = {f"cgroup {name}" for name in hierarchy().places if name != "cpu" or _chosen(config).cpus is not None}
         return Capabilities(
             backend="jail",
             isolation=(
@@ -76,7 +78,7 @@ class JailBackend:
             fork=True,
             guest_threads=True,
             host_memory_worst_mb=worst,
-            layers=_LAYERS | ({"Landlock"} if landlock.abi() else set()),
+            layers=_LAYERS | ({"Landlock"} if landlock.abi() else set()) | groups,
             notes=(
                 "The REPL is a full CPython with the standard library; there is no network, and no process can be started.",
                 "Files can be written below /tmp.",
@@ -102,8 +104,12 @@ def _start(config: SessionConfig) -> JailGuest:
     return JailGuest(_zygote(config), config)
 
 
+def _chosen(config: SessionConfig) -> JailOptions:
+    return config.options if isinstance(config.options, JailOptions) else JailOptions()
+
+
 def _zygote(config: SessionConfig) -> Zygote:
-    return shared_zygote(config.packages, config.options.owner if isinstance(config.options, JailOptions) else "")
+    return shared_zygote(config.packages, _chosen(config).owner)
 
 
 BACKEND: Final = JailBackend()

@@ -16,9 +16,11 @@ from typing import Any, Final, Protocol
 from ...bridge.guest import Death, GuestLost, Recovery, Report
 from ...context import Context, DataContext
 from ...errors import BackendUnavailable, InputRefused
+from ...options import JailOptions
 from ...registry import SessionConfig
 from ...results import Stream
 from ...runners import control
+from .cgroups import SessionGroup
 from .inputs import input_mounts
 
 __all__ = ("JailGuest",)
@@ -103,7 +105,14 @@ class JailGuest:
         self._worker_pid = 0
         self._clock_at = time.monotonic()
         self._data_limit: int | None = None
-        sockets, (out_read, out_write, err_read, err_write) = _channels()
+        self._ran_out = False
+        cpus = config.options.cpus if isinstance(config.options, JailOptions) else None
+        self._group = SessionGroup(limits, recovery=config.recovery, cpus=cpus)
+        try:
+            sockets, (out_read, out_write, err_read, err_write) = _channels()
+        except BaseException:
+            self._group.close()
+            raise
         zygote.count(1)
         self.data, data_theirs, self._control, control_theirs = sockets
         self.outputs: Mapping[int, Stream] = {out_read: "stdout", err_read: "stderr"}
@@ -155,6 +164,10 @@ class JailGuest:
         self._let_go()
         self._worker = pidfd
         self._worker_pid = _host_pid(pidfd)
+        try:
+            self._group.add(self._worker_pid)
+        except OSError as exc:
+            raise GuestLost(f"a worker cannot be put into its cgroup ({exc.strerror})") from None
 
     # ---- control
 
@@ -204,7 +217,7 @@ class JailGuest:
 
     def _as_report(self, message: control.Message) -> Report | None:
         if message["op"] == "died":
-            return Report("died", _death(message))
+            return Report("died", self._death(message))
         if message["op"] == "protected":
             return Report("protected")
         if message["op"] == "unprotected":
@@ -256,7 +269,7 @@ class JailGuest:
         self.data.close()
         self.data = mine
         self._take_worker(fds[0])
-        return Recovery("restored" if message.get("state") == "restored" else "fresh", _death(message))
+        return Recovery("restored" if message.get("state") == "restored" else "fresh", self._death(message))
 
     def _answer(self, op: str, count: int, seconds: float) -> tuple[control.Message, list[int]]:
         """The supervisor's answer to an order, with ``count`` descriptors. Reports that crossed the order are dropped."""
@@ -317,6 +330,19 @@ class JailGuest:
                 os.close(fd)
         return recovery
 
+    def _death(self, message: control.Message) -> Death:
+        status, cpu, peak = message.get("status"), message.get("cpu"), message.get("maxrss_kb")
+        self._ran_out = self._group.ran_out() or self._ran_out
+        group_peak = self._group.peak_mb() if self._ran_out else None
+        own_peak = peak / 1024 if type(peak) is int and 0 <= peak < 1 << 50 else None
+        return Death(
+            status=status if type(status) is int and 0 <= status < 1 << 16 else None,
+            cpu_seconds=float(cpu) if isinstance(cpu, int | float) and 0 <= cpu < 1e9 else None,
+            peak_memory_mb=own_peak if group_peak is None else group_peak,
+            why=str(message.get("why", ""))[:200],
+            out_of_memory=self._ran_out and status == signal.SIGKILL,
+        )
+
     # ---- signals and measurements
 
     def _signal(self, number: int) -> None:
@@ -327,6 +353,7 @@ class JailGuest:
 
     def wake(self) -> None:
         """See `Guest.wake`."""
+        self._ran_out = False
         self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
@@ -392,6 +419,8 @@ class JailGuest:
                 _is_readable(target, 2.0)
             except OSError:
                 pass
+        if self._owner == os.getpid():
+            self._group.close()
         self.data.close()
         self._control.close()
         for fd in (*self.outputs, self._supervisor, self._worker, self._statm):
@@ -467,13 +496,3 @@ def _is_readable(fd: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(seconds * 1000))
-
-
-def _death(message: control.Message) -> Death:
-    status, cpu, peak = message.get("status"), message.get("cpu"), message.get("maxrss_kb")
-    return Death(
-        status=status if type(status) is int and 0 <= status < 1 << 16 else None,
-        cpu_seconds=float(cpu) if isinstance(cpu, int | float) and 0 <= cpu < 1e9 else None,
-        peak_memory_mb=peak / 1024 if type(peak) is int and 0 <= peak < 1 << 50 else None,
-        why=str(message.get("why", ""))[:200],
-    )
