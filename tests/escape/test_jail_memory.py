@@ -60,4 +60,5 @@ def test_what_a_get_used_is_not_charged_again(small: REPLProtocol) -> None:
 
 
 def test_the_declared_worst_case_counts_every_copy_of_a_heap(small: REPLProtocol) -> None:
-    assert small.capabilities.host_memory_worst_mb == 3 * 100 + 64 + 64 + 5  # heaps, /tmp, the kernel's own for them, the supervisor
+    # Heaps, /tmp, the kernel's own for them, the supervisor.
+    assert small.capabilities.host_memory_worst_mb == 3 * 100 + 64 + 64 + 5
