@@ -124,6 +124,16 @@ def test_an_entry_of_somebody_else_is_made_again(engine: Any, tmp_path: Path, co
         compiled_file(engine, SOURCE, "c", tmp_path)
 
 
+def test_entries_nobody_uses_any_more_are_dropped_after_a_day(engine: Any, tmp_path: Path) -> None:
+    for configuration in "abcdefgh":
+        compiled_file(engine, SOURCE, configuration, tmp_path)
+    assert len(list((tmp_path / "wasm").glob("*.cwasm"))) == 8  # several checkouts may share a cache
+    for path in (tmp_path / "wasm").iterdir():
+        os.utime(path, (0, 0))
+    compiled_file(engine, SOURCE, "i", tmp_path)
+    assert len(list((tmp_path / "wasm").glob("*.cwasm"))) == 4
+
+
 def test_two_processes_that_compile_at_once_do_the_work_once(tmp_path: Path) -> None:
     program = (
         "import sys, time, pathlib, wasmtime\n"

@@ -14,6 +14,7 @@ import platform
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -34,14 +35,15 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ("CACHE_VARIABLE", "cache_directory", "compiled_file", "entry_path", "exclusive", "read_private")
+__all__ = ("CACHE_VARIABLE", "cache_directory", "compiled_file", "entry_path", "exclusive", "is_old", "read_private")
 
 #: Names a directory to use in place of the user's cache.
 CACHE_VARIABLE: Final = "RLM_SANDBOX_CACHE"
 _REMEDY: Final = f"set {CACHE_VARIABLE} to a directory of your own with 200 MB to spare"
 _ENGINE: Final = version("wasmtime")
-#: Compiled guests of older versions that are kept.
+#: Compiled guests of older versions that are kept, and for how long all of them are: several checkouts may share a cache.
 _KEEP: Final = 4
+_RECENT_SECONDS: Final = 24 * 3600.0
 
 
 def _default_directory() -> Path:
@@ -209,12 +211,17 @@ def _write_entry(path: Path, code: bytes) -> None:
                 raise
 
 
+def is_old(path: Path) -> bool:
+    """Whether an entry was made long enough ago that nobody may be about to use it again."""
+    return time.time() - path.stat().st_mtime > _RECENT_SECONDS
+
+
 def _drop_old(kept: Path) -> None:
     """Compiled guests of versions nobody uses any more would pile up at 50 MB each."""
     try:
         entries = sorted(kept.parent.glob("guest-*.cwasm"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in entries[_KEEP:]:
-            if path != kept:
+            if path != kept and is_old(path):
                 for suffix in (".cwasm", ".json", ".lock"):
                     path.with_suffix(suffix).unlink(missing_ok=True)
     except OSError:

@@ -11,7 +11,7 @@ from typing import Final
 
 from ...errors import BackendUnavailable
 from . import build
-from .cache import CACHE_VARIABLE, cache_directory, exclusive, read_private
+from .cache import CACHE_VARIABLE, cache_directory, exclusive, is_old, read_private
 from .progress import progress
 
 __all__ = ("REINSTALL", "GuestComponent", "existing_component", "find_component")
@@ -89,7 +89,8 @@ def _drop_old(kept: Path) -> None:
     """Components of sources that are no more would pile up at 30 MB each."""
     others = [path for path in kept.parent.glob("component-*") if path != kept]
     for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[_KEEP:]:
-        shutil.rmtree(path, ignore_errors=True)
+        if is_old(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _checked(directory: Path, sources: str, *, packaged: bool) -> GuestComponent | None:
