@@ -8,10 +8,10 @@ from typing import Final
 
 __all__ = ("MemoryPressure", "own_pressure")
 
-#: Less than this share of all memory left, for programs that ask for it, is pressure; and so is less than so many MiB.
+#: Less than this share of all memory left, for programs that ask for it, is pressure; but at least and at most so many MiB.
 _SHARE_LEFT: Final = 0.05
-_LEFT_MB: Final = 64
-_KB_PER_MB: Final = 1024
+_LEAST_LEFT: Final = 64 << 20
+_MOST_LEFT: Final = 256 << 20
 _UNLIMITED: Final = 1 << 60
 _FRESH_SECONDS: Final = 0.5
 #: Files of a control group: limit, use, statistics, and the name there of file pages the kernel can drop at once.
@@ -44,9 +44,14 @@ class MemoryPressure:
         try:
             lines = self._meminfo.read_text().splitlines()
             sizes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-            return sizes["MemAvailable"] < max(_LEFT_MB * _KB_PER_MB, _SHARE_LEFT * sizes["MemTotal"])
+            return sizes["MemAvailable"] * 1024 < _wanted(sizes["MemTotal"] * 1024)
         except (OSError, KeyError, ValueError, IndexError):
             return False
+
+
+def _wanted(total: int) -> float:
+    """Bytes that should be left of ``total``."""
+    return min(max(_LEAST_LEFT, _SHARE_LEFT * total), _MOST_LEFT)
 
 
 def _folders(proc: Path, groups: Path) -> list[Path]:
@@ -87,7 +92,7 @@ def _is_short(folder: Path) -> bool:
             name, _, value = line.partition(" ")
             if name == inactive:
                 used -= int(value)
-        return limit - used < min(max(_LEFT_MB << 20, _SHARE_LEFT * limit), limit / 4)
+        return limit - used < min(_wanted(limit), limit / 4)
     except (OSError, ValueError):
         return False
 

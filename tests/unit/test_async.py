@@ -221,6 +221,22 @@ def test_a_pools_sessions_are_shared_by_tasks() -> None:
     run(main)
 
 
+def test_copies_and_checkpoints_are_awaited_too() -> None:
+    async def main() -> None:
+        async with await AsyncREPL.open("jail", limits=SMALL) as repl:
+            await repl.exec("x = [1]")
+            async with await repl.fork() as copy:
+                await asyncio.gather(copy.exec("x.append(2)"), repl.exec("x.append(3)"))
+                assert (await copy.get("x"), await repl.get("x")) == ([1, 2], [1, 3])
+            point = await repl.checkpoint()
+            await repl.exec("x = None\nopen('/tmp/out', 'w').write('text')")
+            await repl.restore(point)
+            assert await repl.get("x") == [1, 3]
+            assert await repl.read_file("out") == b"text"
+
+    run(main)
+
+
 def test_an_opening_that_is_cancelled_leaves_nothing() -> None:
     async def main() -> None:
         async with await AsyncREPL.open("jail", limits=SMALL):

@@ -53,7 +53,7 @@ class Machine:
 def test_pressure_is_seen_on_the_machine_and_in_every_group_above(tmp_path: Path, version: int) -> None:
     machine = Machine(tmp_path, version)
     assert not machine.pressure().is_high()
-    machine.free(300)
+    machine.free(200)
     assert machine.pressure().is_high()
     machine.free(4_000)
     assert not machine.pressure().is_high()

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rlm_sandbox import Limits, PoolTimeout, REPLProtocol, SessionClosed, SessionPool
+from rlm_sandbox import Limits, PoolTimeout, REPLProtocol, SessionClosed, SessionPool, SupportsCheckpoint, SupportsFork, open_repl
 from rlm_sandbox.protocol import SupportsWaiting
 from rlm_sandbox.registry import load_backend
 
@@ -275,6 +275,38 @@ def test_a_session_that_ended_by_itself_gives_its_place_back(make_pool: Callable
         repl.exec("1")
     pool.open_repl(timeout_seconds=10).close()
     repl.close()
+
+
+def test_a_copy_takes_a_place_of_the_pool(make_pool: Callable[..., SessionPool]) -> None:
+    pool = make_pool(2, ready=0, timeout_seconds=0.05)
+    with pool.open_repl() as repl:
+        assert isinstance(repl, SupportsFork)
+        assert isinstance(repl, SupportsCheckpoint)
+        repl.exec("x = [1]")
+        with repl.fork() as copy:
+            assert copy.exec("x.append(2)\nx").value == "[1, 2]"
+            with pytest.raises(PoolTimeout):
+                repl.fork()
+        with repl.fork() as copy:
+            assert copy.exec("x").value == "[1]"
+        point = repl.checkpoint()
+        repl.exec("x = None")
+        repl.restore(point)
+        assert repl.get("x") == [1]
+
+
+def test_a_zygote_that_died_just_now_costs_the_next_opening_nothing() -> None:
+    with open_repl("jail", limits=SMALL) as repl:
+        supervisor = psutil.Process(repl._guest._worker_pid).parent()  # type: ignore[attr-defined]
+        assert supervisor is not None
+        zygote = supervisor.parent()
+        assert zygote is not None
+        zygote.kill()
+        with open_repl("jail", limits=SMALL) as after:
+            assert after.exec("1 + 1").value == "2"
+        # The session that went with it is empty, says so, and is usable.
+        result = repl.exec("2 + 2")
+        assert (result.outcome, result.value, result.state) == ("ok", "4", "lost")
 
 
 def test_one_call_at_a_time_and_the_rest_of_the_contract(make_pool: Callable[..., SessionPool]) -> None:
