@@ -231,6 +231,14 @@ HOLES: Final = {
         seconds=30.0,
     ),
     "memory-c": Hole("x = 'a'.ljust(200_000_000)", "one call in C makes as much as it likes", seconds=30.0),
+    "c-iterator": Hole(
+        "import itertools\nx = []\nx.extend(itertools.repeat(None, 40_000_000))",
+        "what takes an iterator in C keeps all it gets: a list's extend, a dict's update",
+        seconds=30.0,
+    ),
+    "addresses": Hole(
+        "if '0x' not in repr(object()):\n    raise ValueError", "addresses of the host's memory are visible: id, repr", seconds=30.0
+    ),
     "c-loop": Hole("1.5 in range(60_000_000)", "a loop in C looks at no clock"),
     "regex-thread": Hole(
         "import re\nre.match('(a|aa)+$', 'a' * 36 + 'c')",

@@ -58,7 +58,8 @@ kinds = [type(item) for item in [*objects, *errors, print, sum, len, sys, sys.st
 _FORBIDDEN: Final = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType, types.CellType)
 #: Objects of this package that a cell holds on purpose: nothing of the host hangs on them by a name that a cell may say.
 _OWN: Final = {
-    "GuestClass", "GuestEnum", "_Facade", "_Stream", "Importer", "TypeOf",
+    "GuestClass", "GuestEnum", "_Facade",
+    "module", "_Stream", "Importer", "TypeOf",
 }  # fmt: skip
 _DEPTH: Final = 4
 _PASSIVE: Final = (str, bytes, int, float, types.BuiltinMethodType, types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType)  # fmt: skip

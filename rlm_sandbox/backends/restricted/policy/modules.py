@@ -119,6 +119,9 @@ class _Facade:
         return f"<module {self._module!r} (restricted)>"
 
 
+_Facade.__name__ = _Facade.__qualname__ = "module"  # what a cell, and `names()`, see of it
+
+
 class Importer:
     """``__import__`` of a session."""
 
