@@ -30,6 +30,7 @@ from ..confine.seccomp import NUMBERS
 from ..confine.steps import InputUnreadable, confine_worker, seal_worker
 from . import control, worker
 from .processes import ByPidfd, Process
+from .tasks import allow_tasks
 
 __all__ = ("CANNOT", "HELLO", "LISTENER", "Supervisor", "descriptors", "kill", "main", "read_notification", "respond", "wait")
 
@@ -290,6 +291,7 @@ class Supervisor:
         """The newborn, which is in a group of its own, is the standby from now on."""
         assert self._worker is not None
         newborn.signal(signal.SIGSTOP)
+        allow_tasks((newborn.pid, self._worker.pid), 0)
         self._drop_standby()
         self._standby, self._newborn = newborn, None
         self._ticket_until = 0.0
@@ -309,6 +311,7 @@ class Supervisor:
             if not self._ticket_until or self._ticket_used or caller != worker:
                 return False
             self._ticket_used = True
+            allow_tasks((worker,), 1)
             return True
         if name == "setpgid":
             # Only the new standby, leaving the worker's group so that killing that group spares it. From here on it is known.

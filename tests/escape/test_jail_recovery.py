@@ -319,3 +319,25 @@ def test_a_guests_regular_expression_does_not_run_on_the_host(open_jail: OpenJai
         assert result.outcome == "error"
         assert result.error is not None
         assert result.error.startswith("HostCallError")
+
+
+@pytest.mark.parametrize("allowed", [1, 8])
+def test_a_cell_that_leaves_every_thread_it_may_have_keeps_its_recovery(
+    open_jail: OpenJail, processes: SessionProcesses, allowed: int
+) -> None:
+    """Its worker must still be able to fork: once it could not, and the next cell but one stood still for two seconds."""
+    repl = open_jail(Limits(processes=allowed, memory_mb=200))
+    fill = """
+import threading, time
+kept = 1
+try:
+    while True: threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+except RuntimeError: pass"""
+    assert repl.exec(fill).outcome == "ok"
+    for _ in range(4):
+        result = repl.exec("kept")
+        assert (result.outcome, result.state, result.protected, result.value) == ("ok", "kept", True, "1")
+        # Beside the guest's own: supervisor, standby, the next standby before that one goes, and room for its fork.
+        assert sum(process.num_threads() for process in processes.alive()) <= allowed + 4
+    assert repl.exec("import os; os._exit(1)").state == "restored"
+    assert repl.exec("kept").value == "1"
