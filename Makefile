@@ -20,8 +20,8 @@ demo: $(VENV)/.demo-$(BACKEND)  ## answer a question over a long text in a sandb
 test: lint  ## lint, types and the whole test suite (PYTEST_ARGS="-k name")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-image: $(VENV)/.dev  ## the runner image of the docker backend (BASE_IMAGE=... where there is no registry)
-	$(BIN)/python scripts/runner_image.py $(if $(BASE_IMAGE),--base '$(BASE_IMAGE)')
+image: $(VENV)/.dev  ## the runner image of the docker backend (BASE_IMAGE=... where there is no registry, VARIANT=data, SBOM=prefix)
+	$(BIN)/python scripts/runner_image.py $(if $(BASE_IMAGE),--base '$(BASE_IMAGE)') $(if $(VARIANT),--variant $(VARIANT)) $(if $(SBOM),--sbom '$(SBOM)')
 
 lint: $(VENV)/.dev  ## ruff, format check, mypy
 	$(BIN)/ruff check .

@@ -67,7 +67,16 @@ def _report(tag: str, files: bytes) -> None:
 
 def _write_sbom(tag: str, files: bytes, prefix: Path) -> None:
     """Bills of materials of the image's Debian packages, from the records inside the image: PREFIX.cdx.json, PREFIX.spdx.json."""
-    command = [str(Path(sys.executable).parent / "debsbom"), "generate", "--root", "-", "--out", str(prefix)]
+    command = [
+        str(Path(sys.executable).parent / "debsbom"),
+        "generate",
+        "--root",
+        "-",
+        "--distro-arch",
+        "amd64",
+        "--out",
+        str(prefix),
+    ]
     subprocess.run([*command, "--distro-name", tag.replace(":", "-"), "--validate"], check=True, input=files)
 
 
@@ -92,7 +101,7 @@ def main() -> int:
             _fetch_wheels(base, context / "wheels")
         for path in (*context.rglob("*"), context):
             os.utime(path, (0, 0))
-        command = ["docker", "build", "--quiet", "--tag", tag]
+        command = ["docker", "build", "--quiet", "--network", "none", "--tag", tag]
         given = {
             "BASE_IMAGE": base,
             "GUEST_DIGEST": bundle.digest(),

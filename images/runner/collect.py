@@ -56,7 +56,8 @@ def copy(path: str, target: Path, wanted: set[str]) -> None:
         copy(os.path.normpath(os.path.join(parent, os.readlink(path))), target, wanted)
     else:
         shutil.copyfile(path, place)
-        place.chmod(0o755 if os.access(path, os.X_OK) else 0o644)
+        runs = ".so" in os.path.basename(path) or path == os.path.realpath(sys.executable)
+        place.chmod(0o755 if runs else 0o644)
 
 
 def standard_library() -> list[str]:
