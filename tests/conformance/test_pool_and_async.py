@@ -9,13 +9,14 @@ import pytest
 from rlm_sandbox import AsyncREPL, Limits, PoolTimeout, SessionClosed, SessionPool
 from rlm_sandbox.registry import SessionConfig, load_backend
 
-from ..conftest import OpenSession, lowest_grade
+from ..conftest import VARIANTS, OpenSession, lowest_grade
 from .support import assert_alive, ok
 
 
 def test_a_pool_hands_out_sessions_that_are_set_up(backend: str) -> None:
-    accept = lowest_grade(load_backend(backend).capabilities(SessionConfig()), Limits())
-    with SessionPool(backend, 1, ready=1, accept=accept, trusted=True, setup="base = 40") as pool:
+    name, options = VARIANTS[backend]
+    accept = lowest_grade(load_backend(name).capabilities(SessionConfig(options=options)), Limits())
+    with SessionPool(name, 1, options=options, ready=1, accept=accept, trusted=True, setup="base = 40") as pool:
         for _ in range(2):
             with pool.open_repl() as repl:
                 repl.bind("two", lambda: 2)
