@@ -134,11 +134,11 @@ def _contained(repl: REPLProtocol, attack: Attack, processes: ContainerProcesses
             assert "lost" in states, f"{following.outcome}: {following.error}; {states}"
             assert repl.exec("x = {'kept': [41]}\nx['kept'][0] + 1").value == "42"
     else:
-        outcomes, states = attack.outcomes, attack.states
+        outcomes, allowed = attack.outcomes, attack.states
         if runtime is not None and attack.id in LIMITED_ON_GVISOR:
-            outcomes, states = (*outcomes, "limit"), SURVIVED
+            outcomes, allowed = (*outcomes, "limit"), SURVIVED
         assert result.outcome in outcomes, f"{result.outcome}: {result.error}"
-        assert result.state in states, f"{result.state}, lost {result.lost_names}"
+        assert result.state in allowed, f"{result.state}, lost {result.lost_names}"
         assert (following.outcome, following.value) == ("ok", "42"), f"{following.outcome}: {following.error}"
     processes.assert_quiet(runtime)
     return everything_said(result, following)
