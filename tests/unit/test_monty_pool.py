@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -163,9 +164,11 @@ def test_hundreds_of_sessions_live_on_four_workers() -> None:
     """Thousands are the benchmark's: `bench_monty.py --sessions 2000`. The language alone, whose workers start in no time."""
     options = MontyOptions(max_processes=4, confinement="language")
     with contextlib.ExitStack() as stack:
-        repls = [stack.enter_context(open_repl("monty", options=options)) for _ in range(300)]
-        for number, repl in enumerate(repls):
-            repl.set("x", [number])
+        with ThreadPoolExecutor(4) as threads:
+            repls = list(threads.map(lambda _: open_repl("monty", options=options), range(300)))
+            for repl in repls:
+                stack.enter_context(repl)
+            list(threads.map(lambda number: repls[number].set("x", [number]), range(300)))
         asleep = [repl for repl in repls if repl._interpreter.parked]  # type: ignore[attr-defined]
         assert len(asleep) >= 296
         for number in (0, 150, 299, 7):

@@ -191,3 +191,32 @@ def test_a_mistake_is_no_gap(repl: REPLProtocol, code: str) -> None:
     error = repl.exec(code).error
     assert error is not None
     assert "capabilities" not in error or code == "next([])"
+
+
+def test_what_a_model_is_told_is_so(repl: REPLProtocol) -> None:
+    told = " ".join(repl.capabilities.notes)
+    listed = told.partition("Importable: ")[2].partition(".")[0].split()
+    assert listed == MODULES
+    for name in listed:
+        assert repl.exec(f"import {name}").outcome == "ok", name
+    for code, value in (
+        ("d = {1: 2}\nd.pop(1)", "2"),
+        ("sorted(['b', 'A'], key=lambda w: w.lower())", "['A', 'b']"),
+        ("[ask(x) for x in ['a', 'b']]", "['A', 'B']"),
+        ("len(ctx), ctx[2:8], 'needle' in ctx, [len(d) for d in ctx]", "(8, 'needle', True, [8])"),
+        ("same = ctx\nsame.len_chars(), same.slice(2, 8)", "(8, 'needle')"),
+    ):
+        assert repl.exec(code).value == value, code
+    for code in (
+        "class E(Exception):\n    pass",
+        "class L:\n    def __len__(self):\n        return 1",
+        "next(zip([1]))",
+        "sorted('a', key=str.lower)",
+    ):
+        assert repl.exec(code).outcome == "error", code
+    for name in ("init", "repr", "eq", "add", "getitem", "iter", "call"):
+        assert f"__{name}__" in told
+    special = "class C:\n    def __init__(self):\n        self.n = 1\n    def __repr__(self):\n        return 'C'\n    def __eq__(self, o):\n        return True"
+    special += "\n    def __add__(self, o):\n        return 'sum'\n    def __getitem__(self, i):\n        return i\n    def __iter__(self):\n        return iter([1])"
+    special += "\n    def __call__(self):\n        return 'called'\nc = C()\nc, c == 1, c + 1, c[7], list(c), c()"
+    assert repl.exec(special).value == "(C, True, 'sum', 7, [1], 'called')"

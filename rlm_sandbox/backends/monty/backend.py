@@ -46,7 +46,8 @@ _NOTES: Final = (
         "Importable: asyncio base64 binascii bisect collections copy csv dataclasses datetime decimal functools hashlib "
         "itertools json math os pathlib random re sys time tomllib typing unicodedata."
     ),
-    "A generator expression is a list: bound it before you write it. `re.sub` takes no function.",
+    "Classes may define __init__, __repr__, __eq__, __add__, __getitem__, __iter__, __call__ and the like, not __len__, __lt__, __bool__.",
+    "Generator expressions, zip(), map() and filter() give lists: bound them first, no next(). No function in re.sub and json.dumps.",
     "Call host functions in loops and comprehensions, not inside map(), filter(), sorted(key=...) or max(key=...).",
     "len(ctx), ctx[a:b], `x in ctx` and loops work on the name ctx itself; elsewhere use ctx.len_chars() and ctx.slice(a, b).",
 )

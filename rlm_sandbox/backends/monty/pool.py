@@ -190,8 +190,8 @@ class Pool:
                     self._used += 1
                     hold.held = True
                     return
-                # Least recently used first.
-                idle = sorted(self._slots, key=lambda slot: slot.used_at)
+                # Least recently used first; thousands may be parked already.
+                idle = sorted((slot for slot in self._slots if slot.hold.held), key=lambda slot: slot.used_at)
             if any(slot.park is not None and slot.park() for slot in idle):
                 continue
             with self._lock:
@@ -219,7 +219,8 @@ class Pool:
         """
         slot = Slot(self)
         self.acquire(slot.hold, OPEN_SECONDS)
-        self._slots.add(slot)
+        with self._lock:  # others look through them there
+            self._slots.add(slot)
         return slot
 
 
