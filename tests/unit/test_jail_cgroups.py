@@ -67,3 +67,9 @@ def test_what_is_written_into_a_group_of_version_2(tmp_path: Path, monkeypatch: 
     assert not nothing.ran_out()
     assert nothing.peak_mb() is None
     nothing.close()
+
+
+def test_a_place_where_no_group_can_be_made_is_not_used(tmp_path: Path) -> None:
+    """One that is not there, say: found out by making a group, and not by looking."""
+    assert cgroups._tried({tmp_path / "missing"}) == set()
+    assert cgroups._tried(set()) == set()

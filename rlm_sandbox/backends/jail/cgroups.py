@@ -12,6 +12,8 @@ import functools
 import itertools
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,11 +64,14 @@ class Hierarchy:
 @functools.cache
 def hierarchy() -> Hierarchy:
     """What this process may use, found by making a group. Looked at once."""
-    found = find_hierarchy(Path("/proc/self/mounts").read_text(), Path("/proc/self/cgroup").read_text())
-    places = {name: place for name, place in found.places.items() if _works(place)}
-    for place in set(places.values()):
+    try:
+        found = find_hierarchy(Path("/proc/self/mounts").read_text(), Path("/proc/self/cgroup").read_text())
+    except (OSError, ValueError):
+        return Hierarchy({}, unified=False)  # a kernel without groups
+    works = _tried(set(found.places.values()))
+    for place in works:
         _sweep(place)
-    return Hierarchy(places, found.unified)
+    return Hierarchy({name: place for name, place in found.places.items() if place in works}, found.unified)
 
 
 def find_hierarchy(mounts: str, own: str) -> Hierarchy:
@@ -117,14 +122,24 @@ def _delegated(root: Path, own: Path) -> Path | None:
     return None
 
 
-def _works(place: Path) -> bool:
-    group = place / f"{_PREFIX}{os.getpid()}-probe"
-    try:
-        group.mkdir()
-        group.rmdir()
-    except OSError:
-        return False
-    return True
+def _tried(places: set[Path]) -> set[Path]:
+    """Those in which a group can be made, and a process of this user be put into it."""
+    if not places:
+        return set()
+    works = set()
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        for place in places:
+            group = place / f"{_PREFIX}{os.getpid()}-trial"
+            try:
+                group.mkdir()
+                (group / "cgroup.procs").write_text(str(child.pid))
+                works.add(place)
+            except OSError:
+                _remove(group)
+        child.kill()
+    for place in works:
+        _remove(place / f"{_PREFIX}{os.getpid()}-trial")
+    return works
 
 
 def _sweep(place: Path) -> None:
