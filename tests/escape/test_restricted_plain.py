@@ -21,6 +21,7 @@ import pytest
 
 from rlm_sandbox import Grade, Limits, REPLProtocol, RestrictedOptions
 from rlm_sandbox.bridge.framed import FramedSession
+from rlm_sandbox.protocol import SupportsReadFile
 from rlm_sandbox.registry import SessionConfig
 
 from ..conftest import declared_by, open_variant, require_usable, variant_state
@@ -161,6 +162,12 @@ def test_a_root_host_gives_its_rights_away(repl: REPLProtocol) -> None:
     assert _status(pid, "NoNewPrivs") == 1
 
 
+def test_it_brings_no_file_of_the_hosts_out() -> None:
+    with open_variant("restricted-plain", accept=Grade.COOPERATIVE, trusted=True) as session:
+        assert not isinstance(session, SupportsReadFile)
+        assert not declared_by("restricted-plain").files
+
+
 def test_its_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     from rlm_sandbox.backends.restricted.child import PlainGuest
 
@@ -182,7 +189,7 @@ repl = open_repl("restricted", limits=Limits(time_seconds=600, session_seconds=N
                  options=RestrictedOptions(process="plain"))
 started = threading.Event()
 repl.bind("begun", started.set)
-print(repl._guest._process.pid, flush=True)
+print(repl._inner._guest._process.pid, flush=True)
 code = sys.argv[1]
 if code:
     threading.Thread(target=repl.exec, args=(code,), daemon=True).start()

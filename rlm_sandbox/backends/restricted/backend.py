@@ -54,6 +54,8 @@ class RestrictedBackend:
                 process_capabilities(config, chosen),
                 backend="restricted",
                 language=_LANGUAGE,
+                files=False,
+                packages=False,
                 fork=False,
                 guest_threads=False,
                 notes=_NOTES,

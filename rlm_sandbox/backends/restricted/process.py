@@ -108,7 +108,8 @@ def open_process(config: SessionConfig, options: RestrictedOptions, capabilities
     if inner is not None:
         return ProcessSession(inner.open(config), capabilities)
     config = replace(config, recovery=False)
-    return FramedSession(lambda: PlainGuest(config.limits), config, capabilities)
+    # The wrapper leaves out what only a jail makes safe: `read_file` of a plain child would read the host's files.
+    return ProcessSession(FramedSession(lambda: PlainGuest(config.limits), config, capabilities), capabilities)
 
 
 def guest_setup(setup: str, limits: Limits) -> str:
