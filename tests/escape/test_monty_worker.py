@@ -19,9 +19,8 @@ import pytest
 
 import rlm_sandbox
 from rlm_sandbox import Limits, open_repl
-from rlm_sandbox.registry import load_backend
 
-from ..conftest import require_usable
+from ..conftest import require_usable, variant_state
 from .outside import Listener
 
 _ATTACK = """
@@ -97,7 +96,7 @@ os.write(1, ("|".join(report) + "|end").encode())
 
 @pytest.fixture(scope="module", autouse=True)
 def _usable() -> None:
-    require_usable("monty", load_backend("monty").probe())
+    require_usable("monty", variant_state("monty"))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from rlm_sandbox import (
-    BackendUnavailable,
     Context,
     GuestCrashed,
     Limits,
@@ -26,21 +25,14 @@ from rlm_sandbox import (
     open_repl,
 )
 from rlm_sandbox.options import MontyOptions
-from rlm_sandbox.registry import Availability, load_backend
+from rlm_sandbox.registry import Availability
 
-from ..conftest import REQUIRE
+from ..conftest import require_usable, variant_state
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _engine() -> None:
-    try:
-        found = load_backend("monty").probe()
-        reason = "" if found.usable else found.reason
-    except BackendUnavailable as exc:
-        reason = exc.reason
-    if reason:
-        required = {part.strip() for part in os.environ.get(REQUIRE, "").split(",")}
-        (pytest.fail if required & {"monty", "all"} else pytest.skip)(f"monty is unavailable: {reason}")
+    require_usable("monty", variant_state("monty"))
 
 
 def worker_pid(repl: REPLProtocol) -> int:

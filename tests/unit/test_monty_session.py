@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from rlm_sandbox import (
-    BackendUnavailable,
     Context,
     ExecResult,
     GuestCrashed,
@@ -30,21 +29,13 @@ from rlm_sandbox import (
     open_repl,
 )
 from rlm_sandbox.options import MontyOptions
-from rlm_sandbox.registry import load_backend
 
-from ..conftest import REQUIRE
+from ..conftest import require_usable, variant_state
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _engine() -> None:
-    try:
-        found = load_backend("monty").probe()
-        reason = "" if found.usable else found.reason
-    except BackendUnavailable as exc:
-        reason = exc.reason
-    if reason:
-        required = {part.strip() for part in os.environ.get(REQUIRE, "").split(",")}
-        (pytest.fail if required & {"monty", "all"} else pytest.skip)(f"monty is unavailable: {reason}")
+    require_usable("monty", variant_state("monty"))
 
 
 @pytest.fixture
@@ -444,6 +435,20 @@ def test_a_host_interrupt_ends_the_cell_and_not_the_session(repl: REPLProtocol) 
     timer.join()
     result = repl.exec("x")
     assert (result.value, result.state) == ("5", "kept")
+
+
+def test_handlers_of_other_signals_wait_for_the_engine_and_cost_the_cell_nothing(repl: REPLProtocol) -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: came.append(number))
+    try:
+        timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
+        timer.start()
+        result = repl.exec("import time\nend = time.monotonic() + 0.4\nwhile time.monotonic() < end:\n    pass\n'done'")
+        timer.join()
+        assert (result.outcome, result.value) == ("ok", "'done'")
+        assert came == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_interrupt_from_another_thread(repl: REPLProtocol) -> None:

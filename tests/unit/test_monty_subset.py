@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import builtins
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from rlm_sandbox import BackendUnavailable, Context, REPLProtocol, open_repl
-from rlm_sandbox.registry import load_backend
+from rlm_sandbox import Context, REPLProtocol, open_repl
 
-from ..conftest import REQUIRE
+from ..conftest import require_usable, variant_state
 
 MODULES = [
     "asyncio", "base64", "binascii", "bisect", "collections", "copy", "csv", "dataclasses", "datetime", "decimal", "functools",
@@ -34,14 +32,7 @@ MISSING = ("has no attribute", "cannot import", "not defined", "No module", "not
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[REPLProtocol]:
-    try:
-        found = load_backend("monty").probe()
-        reason = "" if found.usable else found.reason
-    except BackendUnavailable as exc:
-        reason = exc.reason
-    if reason:
-        required = {part.strip() for part in os.environ.get(REQUIRE, "").split(",")}
-        (pytest.fail if required & {"monty", "all"} else pytest.skip)(f"monty is unavailable: {reason}")
+    require_usable("monty", variant_state("monty"))
     with open_repl("monty", recovery=False) as session:
         session.bind("ctx", Context.from_text("a needle"))
         session.bind("ask", str.upper)
