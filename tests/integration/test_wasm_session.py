@@ -186,11 +186,10 @@ def test_what_no_data_snapshot_could_hold_comes_back(repl: REPLProtocol) -> None
 
 
 def test_a_slept_hour_is_not_slept_again(repl: REPLProtocol) -> None:
+    """It sleeps for longer than a recovery may take: slept again, it would be lost."""
     assert repl.exec("import time\nstarted = time.monotonic()\ntime.sleep(2.5)\nslept = time.monotonic() - started").ok
     slept = repl.get("slept")
-    started = time.monotonic()
     assert repl.exec(KILL).state == "restored"
-    assert time.monotonic() - started < 2.0
     assert repl.get("slept") == slept
 
 
