@@ -14,9 +14,8 @@ from ..protocol import Capabilities
 from ..registry import SessionConfig
 from .framed import STANDBY_HELLO_SECONDS, FramedSession
 from .guest import CopyingGuest, GuestLost
-from .handles import HandleTable
+from .handles import Binding, HandleTable
 from .pressure import own_pressure
-from .session import Binding
 from .turn import Turn
 
 __all__ = ("MAX_CHECKPOINTS", "CopyingSession")

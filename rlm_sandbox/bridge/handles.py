@@ -21,7 +21,7 @@ from ..binding import Exposed
 from ..context import CONTEXT_METHODS, CONTEXT_OPERATORS, Context, DataContext
 from ..wire.codec import MAX_ELEMENTS, MAX_JSON_INT, Decoder, Encoder, HandleRef, OpaqueValue, ValueRefused, WireError
 
-__all__ = ("CallFailed", "CallRefused", "CallReturned", "HandleTable", "HostCall", "Outcome", "plain_copy", "run_call")
+__all__ = ("Binding", "CallFailed", "CallRefused", "CallReturned", "HandleTable", "HostCall", "Outcome", "plain_copy", "run_call")
 
 log: Final = logging.getLogger("rlm_sandbox.host_calls")
 
@@ -47,6 +47,15 @@ _OPERATORS: Final[dict[str, tuple[int, Callable[..., Any]]]] = {
 
 class CallRefused(Exception):
     """A guest asked for something that is not allowed. The text is fit for the guest: it names no host object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """How to make one binding again in a fresh guest."""
+
+    target: Any
+    inline: bool
+    errors: tuple[type[BaseException], ...]
 
 
 @dataclass(frozen=True, slots=True)

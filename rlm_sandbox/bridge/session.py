@@ -8,7 +8,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -23,24 +22,15 @@ from ..wire.messages import BindObject, Configure, Exec, Get, Message, Names, Re
 from .capture import Capture
 from .exchange import TurnEnd, shown
 from .guest import Death, GuestLost
-from .handles import HandleTable
+from .handles import Binding, HandleTable
 from .host_pool import HostPool
 from .names import checked_name
 from .verdict import from_guest, how_it_died, judge, killed_error, turn_error, worse
 
-__all__ = ("Binding", "Session")
+__all__ = ("Session",)
 
 #: The echo of a cell; an honest guest cuts it at 20,000 and says so.
 _MAX_ECHO_CHARS: Final = 20_100
-
-
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """How to make one binding again in a fresh guest."""
-
-    target: Any
-    inline: bool
-    errors: tuple[type[BaseException], ...]
 
 
 class _Call:

@@ -25,8 +25,9 @@ import struct
 from typing import Final, NoReturn
 
 from . import control
+from .notifications import read_notification, respond
 from .processes import Process
-from .supervisor import HELLO, Supervisor, kill, read_notification, respond, wait
+from .supervisor import HELLO, Supervisor, kill, wait
 
 __all__ = ("MAX_BRANCHES", "MAX_KEPT", "Branch")
 

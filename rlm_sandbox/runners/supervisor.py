@@ -13,7 +13,6 @@ worker: the worker's word opens no phase and proves nothing. Its duties:
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import resource
 import select
@@ -26,13 +25,13 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 from ..confine import _syscalls_unsafe as raw
-from ..confine.seccomp import NUMBERS
 from ..confine.steps import InputUnreadable, confine_worker, seal_worker
 from . import control, worker
+from .notifications import read_notification, respond
 from .processes import ByPidfd, Process
 from .tasks import allow_tasks
 
-__all__ = ("CANNOT", "HELLO", "LISTENER", "Supervisor", "descriptors", "kill", "main", "read_notification", "respond", "wait")
+__all__ = ("CANNOT", "HELLO", "LISTENER", "Supervisor", "descriptors", "kill", "main", "wait")
 
 #: A worker whose standby has not said hello by then has been tampered with: it is killed, and the older standby, of
 #: the state before the cell that did it, is what is left.
@@ -41,16 +40,8 @@ TICKET_SECONDS: Final = 2.0
 _START_SECONDS: Final = 5.0
 _LAST_WORDS_SECONDS: Final = 1.0
 _CREDENTIALS: Final = struct.Struct("=iII")
-_NOTIFICATION: Final = struct.Struct("=QIIiIQ6Q")
-_RESPONSE: Final = struct.Struct("=QqiI")
-_NOTIF_RECV: Final = 0xC0502100
-_NOTIF_SEND: Final = 0xC0182101
-_CONTINUE: Final = 1
-#: How long a notification that vanished between poll and receive may hold us up.
-_RECEIVE_SECONDS: Final = 0.05
 #: Messages a worker may have left on its birth socket before a ticket; more is a flood.
 _MAX_STALE: Final = 4096
-_NAMES: Final = {NUMBERS[name]: name for name in ("clone", "fork", "vfork", "kill", "tgkill", "setpgid")}
 HELLO: Final = b"H"
 CANNOT: Final = b"F"
 LISTENER: Final = b"L"
@@ -423,30 +414,6 @@ class Supervisor:
 
     def on_stopped(self) -> None:
         """The worker has been stopped between turns."""
-
-
-def read_notification(listener: int) -> tuple[int, int, str, list[int]] | None:
-    """A system call that waits: its id, the calling thread, its name and its arguments. None if its caller is gone."""
-    buffer = bytearray(_NOTIFICATION.size)
-    # If the caller dies between poll and here, the ioctl would wait for the next notification.
-    signal.setitimer(signal.ITIMER_REAL, _RECEIVE_SECONDS, _RECEIVE_SECONDS)
-    try:
-        fcntl.ioctl(listener, _NOTIF_RECV, buffer, True)
-    except OSError:
-        return None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    identity, caller, _flags, number, _arch, _ip, *args = _NOTIFICATION.unpack(buffer)
-    return identity, caller, _NAMES.get(number, ""), args
-
-
-def respond(listener: int, identity: int, allowed: bool) -> None:
-    """Let a system call go on, or fail it. Every argument looked at is a register: the kernel goes on with what was judged."""
-    response = _RESPONSE.pack(identity, 0, 0 if allowed else -errno.EPERM, _CONTINUE if allowed else 0)
-    try:
-        fcntl.ioctl(listener, _NOTIF_SEND, bytearray(response), True)
-    except OSError:
-        pass  # the caller is gone
 
 
 def wait(poll: select.poll, deadlines: list[float]) -> set[int]:

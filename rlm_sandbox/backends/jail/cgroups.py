@@ -8,6 +8,7 @@ version 1 otherwise.
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import os
@@ -22,6 +23,7 @@ from typing import Final
 
 from ...errors import BackendUnavailable
 from ...limits import Limits
+from .channels import MORE_DESCRIPTORS
 
 __all__ = ("CONTROLLERS", "Hierarchy", "SessionGroup", "check_required", "find_hierarchy", "hierarchy", "worst_memory_mb")
 
@@ -65,9 +67,16 @@ class Hierarchy:
 def hierarchy() -> Hierarchy:
     """What this process may use, found by making a group. Looked at once."""
     try:
-        found = find_hierarchy(Path("/proc/self/mounts").read_text(), Path("/proc/self/cgroup").read_text())
-    except (OSError, ValueError):
+        # Both at once: with one descriptor left, what is there would not be seen, and never looked for again.
+        with Path("/proc/self/mounts").open() as mounts, Path("/proc/self/cgroup").open() as own:
+            texts = mounts.read(), own.read()
+        found = find_hierarchy(*texts)
+    except OSError as exc:
+        if exc.errno in (errno.EMFILE, errno.ENFILE):
+            raise BackendUnavailable("jail", f"its cgroups cannot be looked at ({exc.strerror})", MORE_DESCRIPTORS) from exc
         return Hierarchy({}, unified=False)  # a kernel without groups
+    except ValueError:
+        return Hierarchy({}, unified=False)
     works = _tried(set(found.places.values()))
     for place in works:
         _sweep(place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import threading
@@ -21,6 +20,7 @@ from ...registry import SessionConfig
 from ...results import Stream
 from ...runners import control
 from .cgroups import SessionGroup
+from .channels import channels, check_descriptors, is_readable, pipes
 from .inputs import input_mounts
 
 __all__ = ("JailGuest",)
@@ -32,10 +32,7 @@ _CLOCK_SLACK_SECONDS: Final = 45.0
 _START_SECONDS: Final = 10.0
 #: Waking a standby or forking a worker takes about 1.5 ms, with 1 GB of small objects about 60 ms.
 _RECOVER_SECONDS: Final = 5.0
-_MORE_DESCRIPTORS: Final = "close sessions, or raise the limit: ulimit -n"
-#: Descriptors that a session's start needs beside its channels: two processes, and a look into /proc.
-_TO_COME: Final = 4
-#: And what a copy of a session needs in all, its own channels and the new ones of the original.
+#: Descriptors that a copy of a session needs in all, its own channels and the new ones of the original.
 _FOR_A_COPY: Final = 24
 #: What a supervisor says instead of doing what it was told.
 _REFUSALS: Final = ("refused", "gone")
@@ -107,11 +104,15 @@ class JailGuest:
         self._data_limit: int | None = None
         self._ran_out = False
         cpus = config.options.cpus if isinstance(config.options, JailOptions) else None
-        self._group = SessionGroup(limits, recovery=config.recovery, cpus=cpus)
+        # First, because it looks whether this process has the descriptors for all that follows.
+        sockets, (out_read, out_write, err_read, err_write) = channels()
         try:
-            sockets, (out_read, out_write, err_read, err_write) = _channels()
+            self._group = SessionGroup(limits, recovery=config.recovery, cpus=cpus)
         except BaseException:
-            self._group.close()
+            for sock in sockets:
+                sock.close()
+            for fd in (out_read, out_write, err_read, err_write):
+                os.close(fd)
             raise
         zygote.count(1)
         self.data, data_theirs, self._control, control_theirs = sockets
@@ -123,9 +124,9 @@ class JailGuest:
                 "tasks": limits.processes,
                 "seconds": None if limits.session_seconds is None else limits.session_seconds + _SESSION_SLACK_SECONDS,
             }
-            channels = (data_theirs.fileno(), control_theirs.fileno(), out_write, err_write)
+            theirs = (data_theirs.fileno(), control_theirs.fileno(), out_write, err_write)
             with input_mounts(config.files) as (inputs, mounts):
-                zygote.spawn({**settings, "inputs": inputs}, (*channels, *mounts))
+                zygote.spawn({**settings, "inputs": inputs}, (*theirs, *mounts))
             self.data.setblocking(False)
             self._control.setblocking(False)
             for fd in self.outputs:
@@ -177,7 +178,7 @@ class JailGuest:
         return self._control.fileno()
 
     def _receive(self, seconds: float) -> tuple[control.Message, list[int]]:
-        if not _is_readable(self._control.fileno(), seconds):
+        if not is_readable(self._control.fileno(), seconds):
             raise GuestLost("the supervisor did not answer in time")
         return self._received()
 
@@ -297,7 +298,7 @@ class JailGuest:
 
     def check_descriptors(self) -> None:
         """See `CopyingGuest.check_descriptors`."""
-        _check_descriptors(_FOR_A_COPY)
+        check_descriptors(_FOR_A_COPY)
 
     def keep(self, key: int) -> None:
         """See `CopyingGuest.keep`."""
@@ -314,7 +315,7 @@ class JailGuest:
     def take_over(self, key: int | None) -> Recovery | None:
         """See `CopyingGuest.take_over`. Whoever holds the old outputs writes to nobody."""
         try:
-            out_read, out_write, err_read, err_write = _pipes(2)
+            out_read, out_write, err_read, err_write = pipes(2)
         except OSError as exc:
             raise GuestLost(f"there are no pipes for its output ({exc.strerror})") from exc
         kept: tuple[int, ...] = (out_read, err_read)
@@ -416,7 +417,7 @@ class JailGuest:
             target = self._supervisor if self._family.leave() else self._worker
             try:
                 signal.pidfd_send_signal(target, signal.SIGKILL)
-                _is_readable(target, 2.0)
+                is_readable(target, 2.0)
             except OSError:
                 pass
         if self._owner == os.getpid():
@@ -443,56 +444,3 @@ class _BranchOf:
     def count(self, change: int) -> None:
         """See `Zygote.count`: a copy is a session of the same zygote."""
         self._guest._zygote.count(change)
-
-
-def _check_descriptors(count: int) -> None:
-    """Raises `GuestLost` if this process cannot have ``count`` more of them: half of what is wanted would be of no use."""
-    found: list[int] = []
-    try:
-        found += os.pipe()
-        while len(found) < count:
-            found.append(os.dup(found[0]))
-    except OSError as exc:
-        raise GuestLost(f"this process has too few descriptors ({exc.strerror}); {_MORE_DESCRIPTORS}") from None
-    finally:
-        for fd in found:
-            os.close(fd)
-
-
-def _pipes(count: int) -> list[int]:
-    """Both ends of each. Raises OSError and leaves none."""
-    found: list[int] = []
-    try:
-        for _ in range(count):
-            found += os.pipe()
-    except OSError:
-        for fd in found:
-            os.close(fd)
-        raise
-    return found
-
-
-def _channels() -> tuple[list[socket.socket], list[int]]:
-    """Both ends of the data and the control channel, and of two output pipes."""
-    sockets: list[socket.socket] = []
-    pipes: list[int] = []
-    try:
-        for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
-            sockets += socket.socketpair(socket.AF_UNIX, kind)
-        pipes = _pipes(2)
-        _check_descriptors(_TO_COME)
-    except (OSError, GuestLost) as exc:
-        for sock in sockets:
-            sock.close()
-        for fd in pipes:
-            os.close(fd)
-        why = exc.strerror if isinstance(exc, OSError) else "too few are left for a session"
-        raise BackendUnavailable("jail", f"this process cannot open a channel ({why})", _MORE_DESCRIPTORS) from None
-    return sockets, pipes
-
-
-def _is_readable(fd: int, seconds: float) -> bool:
-    """Not by select(), which fails on descriptors above 1023."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
