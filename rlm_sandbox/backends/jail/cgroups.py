@@ -8,7 +8,6 @@ version 1 otherwise.
 
 from __future__ import annotations
 
-import errno
 import functools
 import itertools
 import os
@@ -21,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ...bridge.guest import GuestLost
 from ...errors import BackendUnavailable
 from ...limits import Limits
-from .channels import MORE_DESCRIPTORS
+from .channels import MORE_DESCRIPTORS, check_descriptors
 
 __all__ = ("CONTROLLERS", "Hierarchy", "SessionGroup", "check_required", "find_hierarchy", "hierarchy", "worst_memory_mb")
 
@@ -37,6 +37,8 @@ _KERNEL_MB: Final = 64
 _MORE_TASKS: Final = 40
 _PERIOD: Final = 100_000
 _END_SECONDS: Final = 0.2
+#: Descriptors that the look at the groups needs: a child with a pipe, and files.
+_FOR_A_LOOK: Final = 12
 _PREFIX: Final = "rlm-sandbox-"
 _numbers = itertools.count(1)
 
@@ -67,16 +69,13 @@ class Hierarchy:
 def hierarchy() -> Hierarchy:
     """What this process may use, found by making a group. Looked at once."""
     try:
-        # Both at once: with one descriptor left, what is there would not be seen, and never looked for again.
-        with Path("/proc/self/mounts").open() as mounts, Path("/proc/self/cgroup").open() as own:
-            texts = mounts.read(), own.read()
-        found = find_hierarchy(*texts)
-    except OSError as exc:
-        if exc.errno in (errno.EMFILE, errno.ENFILE):
-            raise BackendUnavailable("jail", f"its cgroups cannot be looked at ({exc.strerror})", MORE_DESCRIPTORS) from exc
+        check_descriptors(_FOR_A_LOOK)  # short of them, what is there would not be seen, and never looked for again
+    except GuestLost as exc:
+        raise BackendUnavailable("jail", f"its cgroups cannot be looked at ({exc})", MORE_DESCRIPTORS) from None
+    try:
+        found = find_hierarchy(Path("/proc/self/mounts").read_text(), Path("/proc/self/cgroup").read_text())
+    except (OSError, ValueError):
         return Hierarchy({}, unified=False)  # a kernel without groups
-    except ValueError:
-        return Hierarchy({}, unified=False)
     works = _tried(set(found.places.values()))
     for place in works:
         _sweep(place)
