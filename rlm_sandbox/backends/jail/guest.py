@@ -420,14 +420,14 @@ class JailGuest:
                 is_readable(target, 2.0)
             except OSError:
                 pass
-        if self._owner == os.getpid():
-            self._group.close()
         self.data.close()
         self._control.close()
         for fd in (*self.outputs, self._supervisor, self._worker, self._statm):
             if fd >= 0:
                 os.close(fd)
         self._supervisor = self._worker = self._statm = -1
+        if self._owner == os.getpid():
+            self._group.close()  # last: of a copy, the supervisor ends the standby when it sees the socket's end
 
 
 class _BranchOf:
