@@ -181,7 +181,8 @@ class SessionGroup:
             raise BackendUnavailable("jail", "a share of the processors needs a cgroup, which this user cannot make", _REMEDY)
         self._unified = found.unified
         name = f"{_PREFIX}{os.getpid()}-{next(_numbers)}"
-        self._groups = {controller: place / name for controller, place in found.places.items()}
+        # Version 1 has a tree for each controller: the processors' only where a share was asked for.
+        self._groups = {what: place / name for what, place in found.places.items() if what != "cpu" or cpus is not None}
         self._oom_seen = 0
         try:
             for group in set(self._groups.values()):
