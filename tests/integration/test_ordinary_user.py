@@ -28,7 +28,13 @@ with open_repl("jail", limits=Limits(time_seconds=2, memory_mb=128)) as repl:
     after = repl.exec("hits[0][2]")
     inside = repl.exec("import os\\n(os.getuid(), os.listdir('/tmp'), os.path.exists('/etc'), os.path.exists('/proc'))")
     forked = repl.exec("import os\\nos.fork()")
-print(json.dumps([os.getuid(), first.value, killed.state, after.value, inside.value, forked.error]))
+    point = repl.checkpoint()
+    with repl.fork() as copy:
+        changed = copy.exec("hits = None\\nhits")
+    repl.exec("hits = 5")
+    repl.restore(point)
+    back = repl.exec("hits[0][2]")
+print(json.dumps([os.getuid(), first.value, killed.state, after.value, inside.value, forked.error, changed.outcome, back.value]))
 """
 
 
@@ -77,9 +83,10 @@ def test_the_jail_works_for_a_user_without_privileges(package: str) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    uid, first, state, after, inside, forked = json.loads(done.stdout)
+    uid, first, state, after, inside, forked, changed, back = json.loads(done.stdout)
     assert uid == NOBODY
     assert first == "('NEEDLE', 11000)"
     assert (state, after) == ("restored", "'needle'")
     assert inside == "(1000, [], False, False)"
     assert forked == "PermissionError: [Errno 1] Operation not permitted"
+    assert (changed, back) == ("ok", "'needle'")
