@@ -153,7 +153,11 @@ ATTACKS: Final = (
     Attack("PROC-008", "read address 0", "import ctypes\nctypes.string_at(0)", _DIED, RESTORED),
     Attack("PROC-009", "kill oneself", "import os\nos.kill(os.getpid(), 9)", _DIED, RESTORED),
     Attack("PROC-010", "die by a timer", "import signal, time\nsignal.signal(14, 0)\nsignal.setitimer(0, 0.01)\ntime.sleep(9)", _DIED, RESTORED),
-    Attack("PROC-011", "arm a timer for the next cell", "import signal\nsignal.signal(14, signal.SIG_DFL)\n_ = signal.setitimer(0, 0.03)"),
+    Attack(
+        "PROC-011", "arm a timer for the next cell", "import signal\nsignal.signal(14, signal.SIG_DFL)\n_ = signal.setitimer(0, 0.03)",
+        # On a slow machine it is due between the turns, or in the next cell, which it ends: a documented limitation.
+        after=SURVIVED, forges_next=True,
+    ),
     Attack("PROC-012", "leave the group", "import os\nfor f in (os.setsid, os.setpgrp):\n    try: f()\n    except OSError: pass"),
     # ---- the interpreter against its runner
     Attack("RUN-001", "close every descriptor", "import os\nos.closerange(0, 256)", ("crashed", "violation"), RESTORED),
