@@ -30,6 +30,8 @@ __all__ = ("WitWorld",)
 _NO_CAP: Final = 1 << 40
 #: The engine lets 128 MiB go from the guest to the host in one call, counted as UTF-8 or twice as much.
 MAX_FRAME_CHARS: Final = 100_000_000
+#: What goes out in one call, however much is written at once: the host drops what is too much while it comes.
+_PIECE_BYTES: Final = 256 * 1024
 #: Writes of a cell that go out at once, and how many later ones go out together.
 _WRITTEN_THROUGH: Final = 256
 _WRITES_AT_ONCE: Final = 32
@@ -49,12 +51,21 @@ class _HostStream(io.RawIOBase):
         return self._stream
 
     def write(self, data: Any) -> int:
-        raw = bytes(data)
+        with memoryview(data).cast("B") as view:
+            start = 0
+            while start < len(view):
+                end = start + _PIECE_BYTES
+                if end < len(view):  # not through a character
+                    end -= next((back for back in range(4) if view[end - back] & 0xC0 != 0x80), 0)
+                self._say(bytes(view[start:end]))
+                start = end
+            return len(view)
+
+    def _say(self, raw: bytes) -> None:
         try:
             wit_world.write_out(self._stream, False, raw.decode("utf-8"))
         except UnicodeDecodeError:
             wit_world.write_out(self._stream, True, raw.decode("latin-1"))
-        return len(raw)
 
 
 class _Output(CellOutput):

@@ -289,6 +289,22 @@ def test_the_whole_text_comes_on_first_use(repl: REPLProtocol, text: str) -> Non
     assert repl.get("P") == text
 
 
+def test_one_large_write_goes_out_in_pieces() -> None:
+    """Whatever is written at once, little of it is on its way; characters are not cut."""
+    pieces: list[str] = []
+    with open_repl("wasm", limits=Limits(output_bytes=None)) as repl:
+        result = repl.exec("print('a€' * 400_000, end='')", on_output=lambda chunk: pieces.append(chunk.text))
+    assert result.stdout == "".join(pieces) == "a€" * 400_000
+    assert max(len(piece.encode()) for piece in pieces) <= 256 * 1024
+
+
+def test_a_write_larger_than_the_engine_carries_is_cut_like_any_other() -> None:
+    with open_repl("wasm", limits=Limits(output_bytes=10_000)) as repl:
+        result = repl.exec("import sys\nkept = sys.stdout.write('x' * 150_000_000)")
+        assert (result.outcome, result.state, result.dropped_bytes) == ("ok", "kept", 150_000_000 - 10_000)
+        assert repl.get("kept") == 150_000_000
+
+
 def test_a_text_too_large_for_the_guest_is_the_cells_limit() -> None:
     with open_repl("wasm", limits=Limits(memory_mb=64)) as session:
         context = Context.from_text("x" * 80_000_000)
