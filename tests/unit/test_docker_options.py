@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +40,16 @@ def test_no_engine_is_an_error_with_a_remedy() -> None:
         open_repl("docker", options=DockerOptions(docker_host="unix:///nowhere/at/all.sock"))
     assert "does not answer" in caught.value.reason
     assert "start Docker" in caught.value.remedy
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning")
+def test_the_socket_of_an_engine_that_is_gone_is_an_error_and_leaks_nothing(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(tmp_path / "docker.sock"))
+    with pytest.raises(BackendUnavailable) as caught:
+        open_repl("docker", options=DockerOptions(docker_host=f"unix://{tmp_path}/docker.sock"))
+    assert "refused" in caught.value.reason
+    gc.collect()
 
 
 def test_memory_of_a_container() -> None:

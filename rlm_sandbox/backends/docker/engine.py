@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -94,6 +95,18 @@ def mapped_errors(what: str) -> Iterator[None]:
         raise BackendUnavailable(NAME, f"{what} failed: the engine does not answer ({type(exc).__name__})", _NO_ENGINE) from exc
 
 
+def _knock(path: str) -> None:
+    """The library leaves its socket open when one that a dead engine left behind refuses; so this asks first."""
+    try:
+        with socket.socket(socket.AF_UNIX) as knocking:
+            knocking.settimeout(_TIMEOUT_SECONDS)
+            knocking.connect(path)
+    except FileNotFoundError:
+        raise BackendUnavailable(NAME, "the engine does not answer (there is no such socket)", _NO_ENGINE) from None
+    except OSError as exc:
+        raise BackendUnavailable(NAME, f"the engine does not answer ({exc.strerror or exc})", _NO_ENGINE) from None
+
+
 class Engine:
     """One engine's API. Thread-safe as far as sessions need it."""
 
@@ -102,8 +115,8 @@ class Engine:
         self.owner_pid = os.getpid()
         address = docker_host or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         self.local = address.startswith("unix://")
-        if self.local and not Path(address.removeprefix("unix://")).exists():
-            raise BackendUnavailable(NAME, "the engine does not answer (there is no such socket)", _NO_ENGINE)
+        if self.local:
+            _knock(address.removeprefix("unix://"))
         self._tunnel = Tunnel(address) if address.startswith("ssh://") else None
         if self._tunnel is not None:
             address = self._tunnel.address
