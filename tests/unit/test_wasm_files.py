@@ -17,7 +17,7 @@ import pytest
 import wasmtime
 import wasmtime.component
 
-from rlm_sandbox import BackendUnavailable, WasmOptions, available, open_repl
+from rlm_sandbox import BackendUnavailable, WasmOptions, available, open_repl, usercache
 from rlm_sandbox.backends.wasm import build, cache, component, engine_version
 from rlm_sandbox.backends.wasm.cache import cache_directory, compiled_file
 from rlm_sandbox.backends.wasm.component import GuestComponent, find_component
@@ -183,7 +183,7 @@ def test_a_cache_that_others_could_exchange_is_refused(tmp_path: Path, mode: int
     above = tmp_path / "above"
     above.mkdir()
     above.chmod(mode)
-    monkeypatch.setattr(cache, "_is_private_group", lambda gid: False)
+    monkeypatch.setattr(usercache, "_is_private_group", lambda gid: False)
     for named in (above, above / "below"):
         with pytest.raises(BackendUnavailable, match=r"changed by others.*chmod go-w"):
             cache_directory(named)

@@ -1,8 +1,6 @@
 """The user's cache of compiled guests. What is in it is native code that runs as the user: nothing foreign may get in.
 
-The directory belongs to the user and is closed to everybody else, and nobody else can put another in its place, which the
-directories above it decide; each entry has a record of its digest beside it. An entry that is damaged, or not the user's own,
-is made again.
+Each entry has a record of its digest beside it. An entry that is damaged, or not the user's own, is made again.
 """
 
 from __future__ import annotations
@@ -25,33 +23,19 @@ from wasmtime import Engine, WasmtimeError
 from wasmtime.component import Component
 
 from ...errors import BackendUnavailable
+from ...usercache import CACHE_VARIABLE, CacheUnusable, exclusive, private_directory
 from .progress import progress
 
 if TYPE_CHECKING:
     from .component import GuestComponent
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+__all__ = ("cache_directory", "compiled_file", "entry_path", "is_old", "making", "read_private")
 
-__all__ = ("CACHE_VARIABLE", "cache_directory", "compiled_file", "entry_path", "exclusive", "is_old", "read_private")
-
-#: Names a directory to use in place of the user's cache.
-CACHE_VARIABLE: Final = "RLM_SANDBOX_CACHE"
 _REMEDY: Final = f"set {CACHE_VARIABLE} to a directory of your own with 200 MB to spare"
 _ENGINE: Final = version("wasmtime")
 #: Compiled guests of older versions that are kept, and for how long all of them are: several checkouts may share a cache.
 _KEEP: Final = 4
 _RECENT_SECONDS: Final = 24 * 3600.0
-
-
-def _default_directory() -> Path:
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "rlm-sandbox"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "rlm-sandbox"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlm-sandbox"
 
 
 def cache_directory(chosen: Path | None) -> Path:
@@ -60,73 +44,10 @@ def cache_directory(chosen: Path | None) -> Path:
     Raises:
         BackendUnavailable: it cannot be made or written, or others can change it or put another in its place.
     """
-    named = chosen or (Path(os.environ[CACHE_VARIABLE]) if os.environ.get(CACHE_VARIABLE) else None)
     try:
-        directory = (named or _default_directory()) / "wasm"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if hasattr(os, "geteuid"):
-            directory = directory.parent.resolve() / directory.name  # what is checked is what is used: no link is left in it
-            _check_own(directory)
-            for above in directory.parents:
-                _check_above(above)
-    except (OSError, RuntimeError) as exc:
-        why = getattr(exc, "strerror", None) or str(exc)
-        raise BackendUnavailable("wasm", f"there is no cache directory for compiled code ({why})", _REMEDY) from None
-    return directory
-
-
-def _check_own(directory: Path) -> None:
-    found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise BackendUnavailable("wasm", f"the cache directory {str(directory)!r} belongs to somebody else", _REMEDY)
-    if stat.S_IMODE(found.st_mode) & 0o077:
-        raise BackendUnavailable(
-            "wasm", f"the cache directory {str(directory)!r} is open to others", f"run: chmod 700 {str(directory)!r}"
-        )
-
-
-def _check_above(directory: Path) -> None:
-    """Whoever may rename what is in it could have other code loaded than what was checked."""
-    found = directory.lstat()
-    # Where root is not mapped into this user namespace, what is root's looks like what is the root directory's owner's.
-    trusted = found.st_uid in (0, os.geteuid(), directory.joinpath("/").lstat().st_uid)
-    open_to_others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _is_private_group(found.st_gid))
-    if not trusted or (open_to_others and not found.st_mode & stat.S_ISVTX):
-        raise BackendUnavailable(
-            "wasm",
-            f"{str(directory)!r}, above the cache of compiled code, can be changed by others",
-            f"run: chmod go-w, or {_REMEDY}",
-        )
-
-
-def _is_private_group(gid: int) -> bool:
-    """Whether a group is the user's alone, as many systems make one for each user: those have home directories it may write."""
-    if gid == 0:
-        return True  # root's own
-    try:
-        import grp
-        import pwd
-
-        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
-    except (ImportError, KeyError):
-        return False
-    return group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Held by one process at a time, where the system has such locks: two that compile at once do the work once."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-    except OSError:
-        yield  # a cache that cannot be written is found out when it is
-        return
-    try:
-        if fcntl is not None:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+        return private_directory("wasm", chosen)
+    except CacheUnusable as exc:
+        raise BackendUnavailable("wasm", str(exc), exc.remedy) from None
 
 
 def read_private(path: Path) -> bytes:
@@ -158,7 +79,7 @@ def compiled_file(engine: Engine, source: GuestComponent, configuration: str, ch
     found = _read_entry(engine, path)
     if found is not None:
         return found
-    with exclusive(path.with_suffix(".lock")):
+    with making(path.with_suffix(".lock")):
         found = _read_entry(engine, path)  # another process made it meanwhile
         if found is not None:
             return found
@@ -170,6 +91,13 @@ def compiled_file(engine: Engine, source: GuestComponent, configuration: str, ch
         _drop_old(path)
     # The file's pages are shared by every process that maps them; what was compiled here is this process's alone.
     return found or component
+
+
+@contextmanager
+def making(lock: Path) -> Iterator[None]:
+    """One process at a time. Raises `BackendUnavailable` if the cache cannot be written."""
+    with _write_errors(lock.parent), exclusive(lock):
+        yield
 
 
 def _read_entry(engine: Engine, path: Path) -> Component | None:

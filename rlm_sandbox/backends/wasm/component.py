@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from ...errors import BackendUnavailable
+from ...usercache import CACHE_VARIABLE
 from . import build
-from .cache import CACHE_VARIABLE, cache_directory, exclusive, is_old, read_private
+from .cache import cache_directory, is_old, making, read_private
 from .progress import progress
 
 __all__ = ("REINSTALL", "GuestComponent", "existing_component", "find_component")
@@ -42,7 +43,7 @@ def find_component(cache: Path | None) -> GuestComponent:
     if found is not None:
         return found
     directory = _built(cache)
-    with exclusive(directory.with_name("build.lock")):
+    with making(directory.with_name("build.lock")):
         found = _checked(directory, build.sources_digest(), packaged=False)  # another process built it meanwhile
         if found is None:
             if not build.can_build():

@@ -41,7 +41,8 @@ def examine_parts() -> Iterator[Part]:
 
 
 def _cache() -> Part:
-    from .cache import CACHE_VARIABLE, cache_directory
+    from ...usercache import CACHE_VARIABLE
+    from .cache import cache_directory
 
     try:
         directory = cache_directory(None)
