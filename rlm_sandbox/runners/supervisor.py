@@ -40,6 +40,8 @@ TICKET_SECONDS: Final = 2.0
 _START_SECONDS: Final = 5.0
 _LAST_WORDS_SECONDS: Final = 1.0
 _CREDENTIALS: Final = struct.Struct("=iII")
+#: Tasks beyond the limit while a worker forks its standby: the fork, and older standbys that were killed and are not gone yet.
+_ROOM: Final = 3
 #: Messages a worker may have left on its birth socket before a ticket; more is a flood.
 _MAX_STALE: Final = 4096
 HELLO: Final = b"H"
@@ -302,7 +304,7 @@ class Supervisor:
             if not self._ticket_until or self._ticket_used or caller != worker:
                 return False
             self._ticket_used = True
-            allow_tasks((worker,), 1)
+            allow_tasks((worker,), _ROOM)
             return True
         if name == "setpgid":
             # Only the new standby, leaving the worker's group so that killing that group spares it. From here on it is known.

@@ -269,12 +269,16 @@ def test_any_session_will_do_and_what_it_lacks_is_said() -> None:
 
 
 def test_a_session_that_is_dropped_ends_its_thread() -> None:
-    async def main() -> None:
+    def lanes() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "rlm-sandbox-async"}
+
+    async def main() -> set[threading.Thread]:
+        before = lanes()
         repl = AsyncREPL(FakeREPL())
         assert (await repl.exec("1")).ok
-        names = [thread.name for thread in threading.enumerate()]
-        assert "rlm-sandbox-async" in names
+        return lanes() - before
 
-    run(main)
+    own = asyncio.run(main())
+    assert len(own) == 1
     gc.collect()
-    wait_until(lambda: "rlm-sandbox-async" not in [thread.name for thread in threading.enumerate()], "its thread goes on", 10)
+    wait_until(lambda: not own & lanes(), "its thread goes on", 10)

@@ -135,7 +135,8 @@ class Interpreter:
         try:
             return turn.run(lambda: session.feed_start(source, inputs=inputs, print_callback=listen or _nowhere))
         except TurnStopped as exc:
-            raise FeedEnded(None, exc) from None
+            # The turn keeps it, and the engine may keep the turn: its frames would keep the caller's objects alive.
+            raise FeedEnded(None, exc.with_traceback(None)) from None
         except EngineFailed as exc:
             raise FeedEnded(read_failure(exc.error, self.worker.alive, self._sources), None) from None
         except SandboxError:
