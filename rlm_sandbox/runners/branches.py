@@ -100,10 +100,16 @@ class _Family:
 
 
 class Branch(Supervisor):
-    """One session of the supervisor. The first makes the family."""
+    """One session of the supervisor. The first makes the family.
 
-    def __init__(self, host: socket.socket, seconds: float | None, parent: Branch | None = None) -> None:
+    ``entrances``: descriptors by which the workers that are started for it put themselves into its cgroups.
+    """
+
+    def __init__(
+        self, host: socket.socket, seconds: float | None, parent: Branch | None = None, entrances: tuple[int, ...] = ()
+    ) -> None:
         super().__init__(host, seconds)
+        self._entrances = entrances
         self._family: _Family = _Family() if parent is None else parent._family
         self._family.branches.append(self)
         #: Where workers print; our own 1 and 2 for the first ones.
@@ -143,6 +149,8 @@ class Branch(Supervisor):
     # ---- workers and their birth sockets
 
     def _become_worker(self, mine: socket.socket, birth: socket.socket, data_fd: int, generation: int) -> NoReturn:
+        for entrance in self._entrances:
+            os.write(entrance, b"0")  # before it is confined, and closes them
         os.dup2(birth.detach(), BIRTH_FD, inheritable=False)
         for target, source in zip((1, 2), self._outputs, strict=False):
             os.dup2(source, target)

@@ -14,8 +14,8 @@ from typing import Any, Final
 __all__ = ("MAX_MESSAGE", "Message", "dump", "load", "receive", "send")
 
 MAX_MESSAGE: Final = 8192
-#: Four channels and the most input files a session can have.
-_MAX_DESCRIPTORS: Final = 36
+#: Four channels, the most input files a session can have, and the entrances of its cgroups.
+_MAX_DESCRIPTORS: Final = 40
 
 Message = dict[str, Any]
 

@@ -30,7 +30,7 @@ __all__ = ("ARENAS", "main", "own_sizes")
 ARENAS: Final = 2
 
 
-#: Worker's data, supervisor's control, stdout, stderr; the mounts of input files come after them.
+#: Worker's data, supervisor's control, stdout, stderr; then the mounts of input files, then the entrances of its cgroups.
 _CHANNELS: Final = 4
 #: Read once, when the libraries are loaded. Their threads would count as the session's tasks, and a fork leaves them behind.
 _ONE_THREAD: Final = (
@@ -113,6 +113,8 @@ def _limit(message: control.Message, name: str) -> int | None:
 
 def _spawn(message: control.Message, fds: list[int], proc: int, host: socket.socket, own: int, sizes: tuple[int, int]) -> None:
     """Fork the supervisor of one session, in a pid namespace of its own."""
+    mounts = fds[_CHANNELS : _CHANNELS + len(message["inputs"])]
+    entrances = fds[_CHANNELS + len(mounts) :]
     plan = SessionConfinement(
         kernel_id=_limit(message, "kernel_id"),
         memory_mb=_limit(message, "memory_mb"),
@@ -120,7 +122,7 @@ def _spawn(message: control.Message, fds: list[int], proc: int, host: socket.soc
         tasks=_limit(message, "tasks"),
         base_data=sizes[0],
         base_address_space=sizes[1],
-        inputs=tuple(Input(name, directory, fd) for (name, directory), fd in zip(message["inputs"], fds[_CHANNELS:], strict=True)),
+        inputs=tuple(Input(name, directory, fd) for (name, directory), fd in zip(message["inputs"], mounts, strict=True)),
         landlock=_LANDLOCK,
     )
     raw.unshare(raw.CLONE_NEWPID)  # for children only: the next fork is pid 1 of the new namespace
@@ -134,7 +136,11 @@ def _spawn(message: control.Message, fds: list[int], proc: int, host: socket.soc
             host.close()
             os.close(own)
             keep = {proc, *fds[_CHANNELS:]}
-            supervisor.main(lambda: confine_supervisor(plan, proc), keep, fds[:_CHANNELS], message["seconds"], Branch)
+
+            def make(to_host: socket.socket, seconds: float | None) -> Branch:
+                return Branch(to_host, seconds, entrances=tuple(entrances))
+
+            supervisor.main(lambda: confine_supervisor(plan, proc), keep, fds[:_CHANNELS], message["seconds"], make)
         finally:
             os._exit(1)
     raw.setns(own, raw.CLONE_NEWPID)

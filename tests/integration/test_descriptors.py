@@ -41,9 +41,12 @@ _HOST: Final = textwrap.dedent("""
         finally:
             for fd in taken: os.close(fd)
 
+    def lives(process):
+        with contextlib.suppress(psutil.NoSuchProcess): return process.status() != psutil.STATUS_ZOMBIE
+
     def held():
         gc.collect()
-        return len(os.listdir("/proc/self/fd")), len(psutil.Process().children(recursive=True))
+        return len(os.listdir("/proc/self/fd")), sum(map(bool, map(lives, psutil.Process().children(recursive=True))))
 
     def settled(before):
         for _ in range(500):

@@ -25,7 +25,7 @@ from ...errors import BackendUnavailable
 from ...limits import Limits
 from .channels import MORE_DESCRIPTORS, check_descriptors
 
-__all__ = ("CONTROLLERS", "Hierarchy", "SessionGroup", "check_required", "find_hierarchy", "hierarchy", "worst_memory_mb")
+__all__ = ("CONTROLLERS", "REMEDY", "Hierarchy", "SessionGroup", "check_required", "find_hierarchy", "hierarchy", "worst_memory_mb")
 
 CONTROLLERS: Final = ("memory", "pids", "cpu")
 _MB: Final = 1 << 20
@@ -54,7 +54,7 @@ def check_required() -> None:
     """Raises `BackendUnavailable` where a group bounds not both memory and tasks."""
     missing = [name for name in ("memory", "pids") if name not in hierarchy().places]
     if missing:
-        raise BackendUnavailable("jail", f"a cgroup is required, and there is none for {' and '.join(missing)}", _REMEDY)
+        raise BackendUnavailable("jail", f"a cgroup is required, and there is none for {' and '.join(missing)}", REMEDY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ class SessionGroup:
         """
         found = hierarchy()
         if cpus is not None and "cpu" not in found.places:
-            raise BackendUnavailable("jail", "a share of the processors needs a cgroup, which this user cannot make", _REMEDY)
+            raise BackendUnavailable("jail", "a share of the processors needs a cgroup, which this user cannot make", REMEDY)
         self._unified = found.unified
         name = f"{_PREFIX}{os.getpid()}-{next(_numbers)}"
         # Version 1 has a tree for each controller: the processors' only where a share was asked for.
@@ -192,7 +192,7 @@ class SessionGroup:
             self._oom_seen = self._oom_kills()
         except OSError as exc:
             self.close()
-            raise BackendUnavailable("jail", f"the cgroup of a session cannot be made ({exc.strerror})", _REMEDY) from exc
+            raise BackendUnavailable("jail", f"the cgroup of a session cannot be made ({exc.strerror})", REMEDY) from exc
 
     def _settings(self, limits: Limits, recovery: bool, cpus: float | None) -> Iterator[tuple[Path, str, str]]:
         worst = worst_memory_mb(limits, recovery=recovery)
@@ -216,6 +216,27 @@ class SessionGroup:
             else:
                 yield cpu, "cpu.cfs_period_us", str(_PERIOD)
                 yield cpu, "cpu.cfs_quota_us", str(quota)
+
+    def entrances(self) -> list[int]:
+        """Descriptors by which a process puts itself into the group, by writing "0"; none where `add` has to do it.
+
+        A process that moves itself, alone, is all that version 1 moves without a wait for every processor of the machine,
+        which takes 10 ms and more (``cgroup_attach_lock`` of the kernel).
+
+        Raises:
+            OSError: they cannot be opened.
+        """
+        if self._unified:
+            return []
+        opened: list[int] = []
+        try:
+            for group in set(self._groups.values()):
+                opened.append(os.open(group / "tasks", os.O_WRONLY | os.O_CLOEXEC))
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            raise
+        return opened
 
     def add(self, pid: int) -> None:
         """Put a process, which has run nothing of the guest yet, into the group.
@@ -270,4 +291,4 @@ class SessionGroup:
 _left_behind: Final[set[Path]] = set()
 
 
-_REMEDY: Final = "run as root, or in a delegated group: systemd-run --user --scope -p Delegate=yes; on cgroup v1, make directories of this user's own"
+REMEDY: Final = "run as root, or in a delegated group: systemd-run --user --scope -p Delegate=yes; on cgroup v1, make directories of this user's own"

@@ -13,8 +13,8 @@ from ...errors import BackendUnavailable
 __all__ = ("MORE_DESCRIPTORS", "channels", "check_descriptors", "is_readable", "pipes")
 
 MORE_DESCRIPTORS: Final = "close sessions, or raise the limit: ulimit -n"
-#: Descriptors that a session's start needs beside its channels: two processes, and a look into /proc.
-_TO_COME: Final = 4
+#: Descriptors that a session's start needs beside its channels: two processes, a look into /proc, and its cgroups' entrances.
+_TO_COME: Final = 7
 
 
 def check_descriptors(count: int) -> None:

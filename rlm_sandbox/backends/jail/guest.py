@@ -7,7 +7,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -19,7 +20,7 @@ from ...options import JailOptions
 from ...registry import SessionConfig
 from ...results import Stream
 from ...runners import control
-from .cgroups import SessionGroup
+from .cgroups import REMEDY, SessionGroup
 from .channels import channels, check_descriptors, is_readable, pipes
 from .inputs import input_mounts
 
@@ -115,6 +116,8 @@ class JailGuest:
                 os.close(fd)
             raise
         zygote.count(1)
+        #: Whether the supervisor puts the workers it starts into the group.
+        self._enters = False
         self.data, data_theirs, self._control, control_theirs = sockets
         self.outputs: Mapping[int, Stream] = {out_read: "stdout", err_read: "stderr"}
         try:
@@ -125,8 +128,9 @@ class JailGuest:
                 "seconds": None if limits.session_seconds is None else limits.session_seconds + _SESSION_SLACK_SECONDS,
             }
             theirs = (data_theirs.fileno(), control_theirs.fileno(), out_write, err_write)
-            with input_mounts(config.files) as (inputs, mounts):
-                zygote.spawn({**settings, "inputs": inputs}, (*theirs, *mounts))
+            with input_mounts(config.files) as (inputs, mounts), self._entrances(family) as entrances:
+                zygote.spawn({**settings, "inputs": inputs}, (*theirs, *mounts, *entrances))
+                self._enters = bool(entrances)
             self.data.setblocking(False)
             self._control.setblocking(False)
             for fd in self.outputs:
@@ -141,7 +145,7 @@ class JailGuest:
                 )
             self._supervisor = fds[0]
             self._family.join()
-            self._take_worker(fds[1])
+            self._take_worker(fds[1], inside=self._enters)
         except GuestLost as exc:
             self.close()
             raise BackendUnavailable("jail", f"a session did not start ({exc})", "run: rlm-sandbox doctor") from None
@@ -161,10 +165,26 @@ class JailGuest:
                 os.close(fd)
         self._worker = self._statm = -1
 
-    def _take_worker(self, pidfd: int) -> None:
+    @contextmanager
+    def _entrances(self, family: _Family | None) -> Iterator[list[int]]:
+        """Those of the group, for a supervisor of its own; a copy's worker is another supervisor's, of another group."""
+        try:
+            opened = [] if family is not None else self._group.entrances()
+        except OSError as exc:
+            raise BackendUnavailable("jail", f"the cgroup of a session cannot be used ({exc.strerror})", REMEDY) from exc
+        try:
+            yield opened
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+    def _take_worker(self, pidfd: int, *, inside: bool) -> None:
+        """``inside``: it is in the group, where it put itself before it was a worker, or was born."""
         self._let_go()
         self._worker = pidfd
         self._worker_pid = _host_pid(pidfd)
+        if inside:
+            return
         try:
             self._group.add(self._worker_pid)
         except OSError as exc:
@@ -269,8 +289,9 @@ class JailGuest:
             theirs.close()
         self.data.close()
         self.data = mine
-        self._take_worker(fds[0])
-        return Recovery("restored" if message.get("state") == "restored" else "fresh", self._death(message))
+        restored = message.get("state") == "restored"
+        self._take_worker(fds[0], inside=restored or self._enters)
+        return Recovery("restored" if restored else "fresh", self._death(message))
 
     def _answer(self, op: str, count: int, seconds: float) -> tuple[control.Message, list[int]]:
         """The supervisor's answer to an order, with ``count`` descriptors. Reports that crossed the order are dropped."""
