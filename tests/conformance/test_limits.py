@@ -190,6 +190,20 @@ def test_host_calls_do_not_reset_the_clock(open_session: OpenSession) -> None:
     assert run(repl, "x = 1", "x") == 1
 
 
+@enforces("time_seconds")
+def test_a_host_call_longer_than_the_limit_does_not_stop_the_clock_for_good(open_session: OpenSession) -> None:
+    """Away from the main thread, where no signal of the host's can help."""
+    repl = open_session(limits=Limits(time_seconds=0.5))
+    repl.bind("slow", lambda: time.sleep(1.0))
+    results: list[ExecResult] = []
+    thread = threading.Thread(target=lambda: results.append(repl.exec(f"slow()\n{LOOP}")), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert results, "the cell goes on for ever"
+    assert_limit(results[0], "time_seconds", 0.5)
+    assert run(repl, "x = 1", "x") == 1
+
+
 @enforces("wall_seconds")
 def test_wall_time_ends_a_cell_whose_host_function_never_returns(open_session: OpenSession) -> None:
     repl = open_session(limits=Limits(wall_seconds=1.0))

@@ -72,13 +72,13 @@ def test_every_worker_is_in_the_group_and_the_supervisor_is_not(processes: Sessi
     with open_repl("jail", limits=Limits(time_seconds=0.5)) as repl:
         repl.exec("x = 1")
         # A standby that another one has replaced leaves the group before it is gone.
-        wait_until(lambda: len(outside()) == 1, "more than the supervisor is outside")
+        wait_until(lambda: len(outside()) == 1, "more than the supervisor is outside", seconds=10)
         supervisor = outside()
         for code in ("import os; os._exit(1)", "while True:\n try:\n  while True: pass\n except BaseException: pass"):
             repl.exec(code)
-            wait_until(lambda: outside() == supervisor, "more than the supervisor is outside")
+            wait_until(lambda: outside() == supervisor, "more than the supervisor is outside", seconds=10)
         repl.reset()
-        wait_until(lambda: outside() == supervisor, "a fresh worker is outside")
+        wait_until(lambda: outside() == supervisor, "a fresh worker is outside", seconds=10)
     assert groups() == []
 
 

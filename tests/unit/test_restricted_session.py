@@ -6,6 +6,7 @@ import gc
 import linecache
 import signal
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,9 +258,10 @@ def test_the_deadline_is_sticky(code: str, thread: bool) -> None:
             results.append(repl.exec("kept + 1"))
 
     if thread:
-        runner = threading.Thread(target=run)
+        runner = threading.Thread(target=run, daemon=True)
         runner.start()
-        runner.join()
+        runner.join(60)
+        assert not runner.is_alive()
     else:
         run()
     stopped, after = results
@@ -268,6 +270,22 @@ def test_the_deadline_is_sticky(code: str, thread: bool) -> None:
     assert stopped.limit.kind == "time_seconds"
     assert stopped.state == "kept"
     assert after.value == "2"
+
+
+def test_the_deadline_outlives_a_host_call_that_was_longer() -> None:
+    """The clock stands still in a host call. It was looked at there, found without a deadline to come, and never again."""
+    results: list[ExecResult] = []
+
+    def run() -> None:
+        with open_repl("restricted", limits=Limits(time_seconds=0.1), accept=Grade.NONE, trusted=True) as repl:
+            for inline in (True, False):
+                repl.bind("ask", lambda: time.sleep(0.4), inline=inline)
+                results.append(repl.exec("ask()\nwhile True:\n    pass"))
+
+    runner = threading.Thread(target=run, daemon=True)  # on the main thread a signal would end it
+    runner.start()
+    runner.join(60)
+    assert [result.limit and result.limit.kind for result in results] == ["time_seconds"] * 2
 
 
 def test_output_is_metered_while_it_is_produced() -> None:

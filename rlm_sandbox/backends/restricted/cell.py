@@ -22,6 +22,8 @@ from .policy.runtime import Policy
 __all__ = ("Cell", "CellStopped")
 
 _OUTPUT: Final = ("stdout", "stderr")
+#: How often a cell is looked at, at most, whose deadline comes nearer only when the host has answered.
+_LOOK_SECONDS: Final = 0.02
 _OWN_FILES: Final = __file__.rpartition("backends")[0]
 
 
@@ -87,7 +89,7 @@ class Cell:
         raise CellStopped
 
     def _look(self) -> float | None:
-        """Compare the clock with the deadlines; returns when to look again, None if nothing is to come."""
+        """Compare the clock with the deadlines; returns when to look again, None if nothing will ever come."""
         now = time.monotonic()
         with self._lock:
             if not self._watchdog.ending and self._watchdog.check(now, None) != "go_on":
@@ -96,6 +98,10 @@ class Cell:
             if self._watchdog.ending:
                 return None
             wait = self._watchdog.wait_seconds(now)
+            if self._limits.time_seconds is not None:
+                # While the host has the turn the guest's clock has no deadline, and will have one again: no sooner than this.
+                left = max(_LOOK_SECONDS, self._limits.time_seconds - self._watchdog.turn_seconds(now, None))
+                wait = left if wait is None else min(wait, left)
         return None if wait is None else now + max(wait, 0.001)
 
     def _on_timer(self, frame: FrameType | None) -> None:
