@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -63,6 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "only_if(predicate, reason): skip on a backend whose capabilities do not satisfy the predicate"
     )
+    # What a shell runs in the background starts with Ctrl-C ignored; it is tested there, too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     unknown = [name for name in config.getoption("--backend") if name not in VARIANTS]
     if unknown:
         raise pytest.UsageError(f"--backend: there is no {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
