@@ -205,8 +205,11 @@ class Engine:
     def remove(self, container: str) -> None:
         """Kill and remove a container, if it is still there. Never raises: the sweep finds what is left."""
         try:
+            # An engine tells gVisor in vain to kill what is paused, for 10 s, and then leaves it there.
+            if self.api.inspect_container(container)["State"].get("Paused"):
+                self.api.unpause(container)
             self.api.remove_container(container, force=True, v=True)
-        except (docker.errors.DockerException, requests.exceptions.RequestException, OSError):
+        except (docker.errors.DockerException, requests.exceptions.RequestException, OSError, KeyError):
             pass  # gone already, or being removed, or the engine is
 
 
