@@ -91,6 +91,29 @@ def test_a_killed_host_leaves_no_container(api: Any, then: str) -> None:
     assert not [path for path in contexts._base().glob("rlm-sandbox-docker.*") if owner in path.name]
 
 
+_ENDING = """
+import threading, time
+import docker
+from rlm_sandbox import SessionPool
+from rlm_sandbox.backends.docker.engine import own_name
+pool = SessionPool("docker", size=4, ready=4)
+start, created = docker.APIClient.start, threading.Event()
+def slowly(*args, **keywords):
+    created.set()
+    time.sleep(0.5)
+    return start(*args, **keywords)
+docker.APIClient.start = slowly
+print(own_name(), flush=True)
+created.wait()
+"""
+
+
+def test_a_process_that_ends_while_it_opens_sessions_leaves_nothing(api: Any) -> None:
+    """A pool's thread opens them. A container that was created but not started has no standard input to lose."""
+    ended = subprocess.run([sys.executable, "-c", _ENDING], stdout=subprocess.PIPE, text=True, check=True, timeout=100)
+    assert not ours(api, ended.stdout.strip())
+
+
 def test_prune_removes_what_nobody_owns(api: Any, repl: REPLProtocol) -> None:
     dead = own_name().split(".")[0] + ".4194303.1"
     elsewhere = "00000000-0000-0000-0000-000000000000.1.1"
@@ -100,7 +123,7 @@ def test_prune_removes_what_nobody_owns(api: Any, repl: REPLProtocol) -> None:
         labels = {"org.rlm-sandbox.owner": owner, "org.rlm-sandbox.expiry": str(expiry)}
         made[name] = api.create_container(DockerOptions().image, labels=labels)["Id"]
     try:
-        assert len(prune("docker")) == 2
+        assert len(prune("docker")) >= 2  # and what other processes may have left
         left = {item["Id"] for item in api.containers(all=True)}
         assert made["elsewhere"] in left
         assert made["dead"] not in left
@@ -141,7 +164,7 @@ def test_a_frozen_container_is_killed_from_outside(api: Any) -> None:
         assert result.state == "lost"
         assert repl.exec("2").value == "2"
         assert took < 30
-        assert container["Id"] not in {item["Id"] for item in ours(api, own_name())}
+        until(lambda: container["Id"] not in {item["Id"] for item in ours(api, own_name())})
 
 
 def test_a_killed_supervisor_costs_the_state_and_not_the_session(api: Any, repl: REPLProtocol) -> None:

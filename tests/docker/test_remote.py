@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import os
+import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -15,11 +19,13 @@ import pytest
 
 pytest.importorskip("docker", reason="the extra 'docker' is not installed")
 
-from rlm_sandbox import BackendUnavailable, Context, open_repl
+from rlm_sandbox import BackendUnavailable, Context, SessionClosed, open_repl
 from rlm_sandbox.backends.docker import engine as engines
 from rlm_sandbox.backends.docker import volumes
 from rlm_sandbox.options import DockerOptions
 from rlm_sandbox.registry import SessionConfig, load_backend
+
+from .conftest import ours, until
 
 SOCKET = "/var/run/docker.sock"
 
@@ -78,7 +84,7 @@ def remote(api: Any) -> Iterator[DockerOptions]:
 
 def _forget_engines() -> None:
     for address, engine in list(engines._engines.items()):
-        if address and address.startswith("tcp://"):
+        if address and address.startswith(("tcp://", "ssh://")):
             volumes.forget(engine)
             del engines._engines[address]
 
@@ -149,6 +155,73 @@ def test_an_engine_behind_tls(api: Any, tmp_path: Path, monkeypatch: pytest.Monk
     finally:
         _forget_engines()
         server.close()
+
+
+_SSHD = """
+ListenAddress 127.0.0.1
+Port {port}
+HostKey {folder}/host
+AuthorizedKeysFile {folder}/user.pub
+StrictModes no
+UsePAM no
+PidFile none
+"""
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def over_ssh(api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DockerOptions]:
+    """An OpenSSH server with keys of its own, and a client that knows it."""
+    sshd = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if sshd is None or os.getuid() != 0:
+        pytest.skip("needs OpenSSH's sshd, and root to start it")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True, timeout=60)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (tmp_path / "sshd").write_text(_SSHD.format(port=port, folder=tmp_path))
+    (tmp_path / "known").write_text(f"[127.0.0.1]:{port} {(tmp_path / 'host.pub').read_text()}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/ssh").write_text(
+        f'#!/bin/sh\nexec {shutil.which("ssh")} -F none -o IdentityFile={tmp_path}/user -o UserKnownHostsFile={tmp_path}/known "$@"\n'
+    )
+    (tmp_path / "bin/ssh").chmod(0o755)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    with subprocess.Popen([sshd, "-D", "-f", str(tmp_path / "sshd")], stderr=subprocess.DEVNULL) as server:
+        try:
+            until(lambda: _answers(port))
+            yield DockerOptions(docker_host=f"ssh://{getpass.getuser()}@127.0.0.1:{port}")
+            _forget_engines()
+        finally:
+            server.terminate()
+
+
+def test_an_engine_behind_ssh(api: Any, over_ssh: DockerOptions) -> None:
+    with open_repl("docker", options=over_ssh) as repl:
+        repl.bind("ctx", Context.from_text("needle " * 50_000))
+        repl.bind("double", lambda value: 2 * value)
+        assert repl.exec("ctx.len_chars(), double(21)").value == "(350000, 42)"
+        repl.set("big", "y" * 3_000_000)
+        assert len(repl.get("big")) == 3_000_000
+        assert repl.exec("import os\nos._exit(1)").state == "restored"
+    until(lambda: not ours(api, engines.own_name()))
+
+
+def test_a_connection_by_ssh_that_was_lost_is_made_again(api: Any, over_ssh: DockerOptions) -> None:
+    with open_repl("docker", options=over_ssh) as repl:
+        tunnel = engines.engine_for(over_ssh.docker_host)._tunnel
+        assert tunnel is not None
+        tunnel._process.send_signal(signal.SIGKILL)
+        tunnel._process.wait()
+        with pytest.raises(SessionClosed):
+            repl.exec("1")
+    with open_repl("docker", options=over_ssh) as repl:
+        assert repl.exec("2").value == "2"
 
 
 def test_an_address_that_answers_nothing(api: Any) -> None:

@@ -73,9 +73,12 @@ class DockerBackend:
         """Open a session."""
         options = _options(config)
         engine = engine_for(options.docker_host)
-        return FramedSession(
-            lambda: DockerGuest(engine, options, config.limits, recovery=config.recovery), config, self.capabilities(config)
-        )
+
+        def guest() -> DockerGuest:
+            with engine.opening():
+                return DockerGuest(engine, options, config.limits, recovery=config.recovery)
+
+        return FramedSession(guest, config, self.capabilities(config))
 
     def prune(self) -> list[str]:
         """See `PrunesLeftovers`."""

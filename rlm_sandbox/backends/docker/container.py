@@ -95,13 +95,13 @@ def create_container(engine: Engine, options: DockerOptions, limits: Limits, *, 
     Raises:
         BackendUnavailable: the engine refuses, or does not answer.
     """
-    api = engine.api
     settings = container_settings(options, limits, recovery=recovery)
     seconds = limits.session_seconds
     labels = {OWNER_LABEL: own_name(), RUN_LABEL: secrets.token_hex(8)}
     if seconds is not None:
         labels[EXPIRY_LABEL] = str(int(time.time() + WAIT_SECONDS + seconds) + _EXPIRY_SLACK_SECONDS)
     with mapped_errors("creating a container"):
+        api = engine.api
         made = api.create_container(
             options.image,
             command=["container"],

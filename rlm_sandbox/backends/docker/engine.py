@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import socket
@@ -43,6 +44,8 @@ GUEST_LABEL: Final = "org.rlm-sandbox.guest"
 _TIMEOUT_SECONDS: Final = 30
 #: A container's stream may end this long before the engine has noted why.
 _EVENT_SECONDS: Final = 0.5
+#: How long the end of the process waits for what other threads are opening.
+_END_SECONDS: Final = 10.0
 _NO_ENGINE: Final = "start Docker, or give its address: DockerOptions(docker_host=...) or DOCKER_HOST"
 _BUILD: Final = "build it: make image"
 
@@ -123,7 +126,52 @@ class Engine:
         with mapped_errors("asking for the engine's version"):
             # With DOCKER_TLS_VERIFY and DOCKER_CERT_PATH as the docker client has them.
             found = docker.utils.kwargs_from_env(environment={**os.environ, "DOCKER_HOST": address})
-            self.api: Any = docker.APIClient(version="auto", timeout=_TIMEOUT_SECONDS, **found)
+            self._api: Any = docker.APIClient(version="auto", timeout=_TIMEOUT_SECONDS, **found)
+        self._opening = 0
+        self._ending = False
+        self._opened = threading.Condition()
+        atexit.register(self._end)  # before the tunnel's, which was registered earlier
+
+    @property
+    def api(self) -> Any:
+        """The library's client. Raises ConnectionError if the tunnel has ended: the library would leave a socket open then."""
+        if self._tunnel is not None and not self._tunnel.is_open():
+            raise ConnectionError("the connection by ssh has ended")
+        return self._api
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """While a session is opened, which the end of this process waits for.
+
+        Raises:
+            BackendUnavailable: this process is ending already.
+        """
+        with self._opened:
+            if self._ending:
+                raise BackendUnavailable(NAME, "this process is ending", "open sessions before it does")
+            self._opening += 1
+        try:
+            yield
+        finally:
+            with self._opened:
+                self._opening -= 1
+                self._opened.notify_all()
+
+    def _end(self) -> None:
+        """At the end of the process: leave nothing of it on the engine. A pool's thread may be opening a session just now."""
+        if self.is_cut_off():
+            return
+        with self._opened:
+            self._ending = True
+            self._opened.wait_for(lambda: not self._opening, _END_SECONDS)
+        try:
+            self.prune(ending=own_name())
+        except BackendUnavailable:
+            pass  # the engine is gone; what it still has when it is back is for the next sweep
+
+    def is_cut_off(self) -> bool:
+        """Whether this client will never reach its engine again: it was another process's, or its tunnel has ended."""
+        return self.owner_pid != os.getpid() or (self._tunnel is not None and not self._tunnel.is_open())
 
     def check(self, options: DockerOptions) -> None:
         """Whether sessions can be made with these options. Raises `BackendUnavailable` with the remedy."""
@@ -149,10 +197,10 @@ class Engine:
                     "install it and name it in the engine's daemon.json",
                 )
 
-    def prune(self) -> list[str]:
+    def prune(self, ending: str = "") -> list[str]:
         """Remove containers and volumes that nobody owns any more. Returns their names.
 
-        A container of another machine counts as nobody's after its expiry only.
+        A container of another machine counts as nobody's after its expiry only. ``ending``: an owner that is about to end.
 
         Raises:
             BackendUnavailable: the engine does not answer.
@@ -162,7 +210,8 @@ class Engine:
             listed = self.api.containers(all=True, filters={"label": OWNER_LABEL})
         for item in listed:
             labels = item.get("Labels") or {}
-            alive = owner_is_alive(str(labels.get(OWNER_LABEL, "")))
+            owner = str(labels.get(OWNER_LABEL, ""))
+            alive = owner_is_alive(owner) if owner != ending else False
             expiry = str(labels.get(EXPIRY_LABEL, ""))
             expired = alive is None and expiry.isdigit() and int(expiry) < time.time()
             if alive is False or expired:
@@ -171,9 +220,8 @@ class Engine:
         with mapped_errors("listing volumes"):
             volumes = self.api.volumes(filters={"label": OWNER_LABEL})["Volumes"] or []
         for volume in volumes:
-            if owner_is_alive(str((volume.get("Labels") or {}).get(OWNER_LABEL, ""))) is False and self._remove_volume(
-                volume["Name"]
-            ):
+            owner = str((volume.get("Labels") or {}).get(OWNER_LABEL, ""))
+            if (owner == ending or owner_is_alive(owner) is False) and self._remove_volume(volume["Name"]):
                 removed.append(volume["Name"])
         return removed
 
@@ -225,7 +273,7 @@ def engine_for(docker_host: str | None) -> Engine:
     """
     with _lock:
         engine = _engines.get(docker_host)
-        if engine is None or engine.owner_pid != os.getpid():
+        if engine is None or engine.is_cut_off():
             engine = _engines[docker_host] = Engine(docker_host)
             engine.prune()
         return engine

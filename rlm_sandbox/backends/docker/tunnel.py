@@ -58,6 +58,11 @@ class Tunnel:
                 )
             time.sleep(0.02)
         self.address = f"unix://{socket}"
+        self._process = process
+
+    def is_open(self) -> bool:
+        """Whether ssh still runs. It ends when the connection does: it asks the other end every 15 s."""
+        return self._process.poll() is None
 
 
 def _end(process: subprocess.Popen[bytes], folder: Path) -> None:

@@ -7,7 +7,6 @@ descriptor), so that sessions do not see each other's contexts.
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import os
 import secrets
@@ -45,7 +44,6 @@ class ContextVolume:
         self.name = f"rlm-sandbox-{secrets.token_hex(8)}"
         with mapped_errors("creating a volume"):
             engine.api.create_volume(self.name, labels={OWNER_LABEL: own_name()})
-        atexit.register(self.remove, os.getpid())
 
     def mount(self) -> Mount:
         """What a session's container gets. On its first use the engine gives it the image's directory, with its mode."""
@@ -78,8 +76,8 @@ class ContextVolume:
 
     def _copy(self, fd: int, name: str) -> None:
         """By an archive into a container that is never started: nothing on the engine's machine has to run for it."""
-        api = self._engine.api
         with mapped_errors("copying a context to the engine"):
+            api = self._engine.api
             made = api.create_container(
                 self._image,
                 labels={OWNER_LABEL: own_name()},
@@ -93,13 +91,12 @@ class ContextVolume:
             finally:
                 self._engine.remove(made["Id"])
 
-    def remove(self, owner: int) -> None:
-        """At the end of the process ``owner``. A container that still uses it keeps it; then a sweep removes it."""
-        if owner == os.getpid():
-            try:
-                self._engine.api.remove_volume(self.name)
-            except (docker.errors.DockerException, requests.exceptions.RequestException, OSError):
-                pass
+    def remove(self) -> None:
+        """Before the process ends, which removes it otherwise. A container that still uses it keeps it; then a sweep removes it."""
+        try:
+            self._engine.api.remove_volume(self.name)
+        except (docker.errors.DockerException, requests.exceptions.RequestException, OSError):
+            pass
 
 
 def _digest(fd: int) -> str:
@@ -147,8 +144,7 @@ def forget(engine: Engine) -> None:
     with _lock:
         found = _volumes.pop(id(engine), None)
     if found is not None:
-        atexit.unregister(found.remove)
-        found.remove(os.getpid())
+        found.remove()
 
 
 def _after_fork() -> None:
