@@ -30,6 +30,7 @@ from .options import BackendOptions
 from .pooled import Nesting, pooled
 from .protocol import Grade, REPLProtocol, SupportsWaiting
 from .registry import open_repl
+from .waiting import wait_until
 
 __all__ = ("SessionPool",)
 
@@ -298,7 +299,7 @@ class _Places:
             waiter = _Waiter()
             self._queues[level].append(waiter)
         try:
-            waiter.called.wait(timeout)
+            wait_until(waiter.called.wait, timeout)
         except BaseException:  # Ctrl-C
             self._leave(level, waiter)
             if waiter.granted:

@@ -6,10 +6,13 @@ A blocking call cannot: its time-outs are for one read each, and a server that s
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
+
+from ..waiting import piece
 
 __all__ = ("run_in_background", "schedule")
 
@@ -45,6 +48,8 @@ def run_in_background(work: Coroutine[Any, Any, _T]) -> _T:
     """Wait for ``work`` on the loop. An exception here (Ctrl-C) cancels it, and with it its connection."""
     future = asyncio.run_coroutine_threadsafe(work, _running_loop())
     try:
+        while not concurrent.futures.wait([future], piece(None)).done:
+            continue
         return future.result()
     except BaseException:
         future.cancel()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import socket
 import time
 from array import array
@@ -21,6 +20,7 @@ from ..limits import Limits
 from ..protocol import Capabilities
 from ..registry import SessionConfig
 from ..results import LimitHit, State
+from ..waiting import is_readable
 from ..wire.codec import Attachment, Encoder
 from ..wire.frames import dump_frame
 from ..wire.messages import BindData, BindText, Message, Protect, ReadFile, dump_message
@@ -257,11 +257,9 @@ class FramedSession(Session):
     def _await_protection(self) -> None:
         """Wait for the standby that is being made, and take what the supervisor reported meanwhile."""
         until = time.monotonic() + _PROTECT_SECONDS
-        poll = select.poll()
-        poll.register(self._guest.control_fd, select.POLLIN)
         for _ in range(_MAX_REPORTS):
             left = until - time.monotonic() if self._protecting else 0.0
-            if not poll.poll(max(0.0, left) * 1000):
+            if not is_readable(self._guest.control_fd, max(0.0, left)):
                 if self._protecting:
                     raise GuestLost("the supervisor did not answer")
                 return

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..limits import Limits
+from ..waiting import is_readable, piece
 from ..wire.codec import Attachment, WireError
 from ..wire.frames import FrameReader, dump_frame
 from ..wire.messages import (
@@ -138,7 +139,8 @@ class Turn(Exchange):
         end: TurnEnd | None = None
         while end is None:
             try:
-                end = self._step()
+                while end is None:  # Ctrl-C is raised where a loop turns back, too, which has to be in here
+                    end = self._step()
             except KeyboardInterrupt:
                 self._host_interrupted = True
             except WireError as exc:
@@ -150,11 +152,7 @@ class Turn(Exchange):
     def expect_hello(self, seconds: float) -> None:
         """Wait for the greeting of a new worker on a new channel. Raises `GuestLost` if it does not come."""
         until = time.monotonic() + seconds
-        poll = select.poll()
-        poll.register(self._guest.data, select.POLLIN)
-        while (left := until - time.monotonic()) > 0:
-            if not poll.poll(left * 1000):
-                break
+        while (left := until - time.monotonic()) > 0 and is_readable(self._guest.data.fileno(), left):
             try:
                 frame = self._read_frame()
                 if frame is not None:
@@ -179,6 +177,7 @@ class Turn(Exchange):
                 self._relieve()
                 self._relieve_at = now + _RELIEF_SECONDS
             wait = self._relieve_at - now if wait is None else min(wait, self._relieve_at - now)
+        wait = piece(wait)
         events = self._readiness.look(
             self._guest,
             None if wait is None else math.ceil(min(wait, _LONGEST_WAIT_SECONDS) * 1000),
@@ -226,9 +225,7 @@ class Turn(Exchange):
 
     def _await_death(self) -> TurnEnd:
         """The data channel ended: the supervisor tells how, or the worker closed it and is killed."""
-        poll = select.poll()
-        poll.register(self._guest.control_fd, select.POLLIN)
-        if poll.poll(500):
+        if is_readable(self._guest.control_fd, 0.5):
             report = self._guest.report()
             if report is not None and report.kind == "died":
                 return TurnEnd("died", death=report.death)

@@ -16,6 +16,7 @@ from ..errors import GuestCrashed, GuestError, LimitExceeded, ProtocolViolation,
 from ..limits import Limits
 from ..protocol import REPLProtocol
 from ..results import ExecResult, Opaque, OutputChunk
+from ..waiting import take
 from .events import (
     AnswerRejected,
     CellFinished,
@@ -437,7 +438,7 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
 
     threading.Thread(target=work, name="rlm-sandbox-model", daemon=True).start()
     try:
-        returned, value = answers.get(timeout=seconds + _GIVE_UP_SECONDS)
+        returned, value = take(answers, seconds + _GIVE_UP_SECONDS)
     except queue.Empty:
         raise _Stop("max_seconds") from None
     if not returned:

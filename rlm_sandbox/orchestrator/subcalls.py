@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..errors import SandboxError
+from ..waiting import piece
 from .events import BatchFinished, BatchStarted, EventStream, SubcallFinished, SubcallStarted, excerpt
 from .ledger import Ledger, Reservation
 from .llm import AdapterError, AdapterErrorKind, Completion, LLMAdapter, Message, TokenUsage
@@ -168,7 +169,8 @@ class SubcallDesk:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            while thread.is_alive():
+                thread.join(piece(None))
         answered = sum(not answer.failed for answer in answers)
         if self._is_current(cell):
             self._events.emit(

@@ -7,11 +7,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 from ..errors import SandboxError, SessionClosed
 from ..protocol import REPLProtocol
 from ..results import ExecResult
+from ..waiting import take
 from .screen import Screen
 
 __all__ = ("CellReader", "Shell")
@@ -19,10 +20,6 @@ __all__ = ("CellReader", "Shell")
 #: Names that are kept for completion, and how long one may be: they are a guest's.
 MAX_NAMES: Final = 2_000
 MAX_NAME_CHARS: Final = 100
-#: How late Ctrl-C may be noticed that comes at the worst moment.
-_SIGNAL_SECONDS: Final = 0.1
-
-T = TypeVar("T")
 
 
 class CellReader(Protocol):
@@ -131,18 +128,9 @@ class Shell:
         before = signal.signal(signal.SIGINT, on_ctrl_c)
         try:
             threading.Thread(target=work, name="rlm-sandbox-cell", daemon=True).start()
-            value, failure = _wait_for(answers)
+            value, failure = take(answers)
         finally:
             signal.signal(signal.SIGINT, before)
         if failure is not None:
             raise failure
         return value, interrupted.is_set()
-
-
-def _wait_for(answers: queue.SimpleQueue[T]) -> T:
-    """The first of them. A signal that comes just before a wait begins does not end it: its handler runs when it is over."""
-    while True:
-        try:
-            return answers.get(timeout=_SIGNAL_SECONDS)
-        except queue.Empty:
-            continue

@@ -27,6 +27,7 @@ from rlm_sandbox import (
 from rlm_sandbox.limits import PER_CELL, PER_SESSION
 
 from ..conftest import VARIANTS, OpenSession, lowest_grade, open_variant
+from ..ctrl_c import unseen_ctrl_c
 from .support import MISSING, PATIENCE_SECONDS, assert_alive, enforces, needs, ok, run, within
 
 LOOP = "while True:\n    pass"
@@ -363,3 +364,16 @@ def test_ctrl_c_ends_the_cell_is_raised_and_leaves_the_session_usable(repl: REPL
     timer.join()
     assert run(repl, "x = kept + 1", "x") == 42
     never.set()
+
+
+@pytest.mark.parametrize("code", ["while True: pass", "f()"], ids=["guest busy", "in a host call"])
+def test_ctrl_c_that_does_not_end_the_wait_is_noticed_all_the_same(open_session: OpenSession, code: str) -> None:
+    """See `unseen_ctrl_c`. The session's limit is far away."""
+    repl = open_session(limits=Limits(time_seconds=60))
+    never = threading.Event()
+    repl.bind("f", lambda: never.wait(60))
+    with unseen_ctrl_c() as press:
+        repl.bind("running", press)
+        repl.exec(f"running()\n{code}")
+    never.set()
+    assert repl.exec("x = 1").outcome == "ok"  # where it came at the worst moment of all, its state is restored

@@ -32,6 +32,8 @@ from rlm_sandbox import (
 from rlm_sandbox.orchestrator import AnswerRejected, CellOutput, CellStarted, Event, ModelReplied, RunFinished, RunStarted
 from rlm_sandbox.testing import FakeREPL
 
+from ..ctrl_c import unseen_ctrl_c
+
 FENCE = "`" * 3
 
 
@@ -402,6 +404,20 @@ def test_ctrl_c_while_the_model_thinks() -> None:
     with pytest.raises(KeyboardInterrupt):
         scenario.run()
     assert scenario.end.stop_reason == "interrupted"
+
+
+def test_ctrl_c_that_does_not_end_the_wait_for_the_model_is_noticed_all_the_same() -> None:
+    never = threading.Event()
+
+    class Endless(FakeAdapter):
+        def complete(self, *_: Any, **__: Any) -> Completion:
+            press()
+            never.wait(120)
+            return Completion("late")
+
+    with unseen_ctrl_c() as press:
+        RLM(Endless([]), repl_factory=FakeREPL, policy=Policy(max_seconds=100)).run("q", "t")
+    never.set()
 
 
 def test_a_session_that_ends_gives_the_best_answer() -> None:

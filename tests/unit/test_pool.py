@@ -21,6 +21,7 @@ from rlm_sandbox.protocol import SupportsWaiting
 from rlm_sandbox.registry import load_backend
 
 from ..conftest import require_usable
+from ..ctrl_c import unseen_ctrl_c
 from ..escape.outside import wait_until
 
 SMALL = Limits(memory_mb=64, disk_mb=4)
@@ -113,6 +114,15 @@ def test_who_waits_longest_is_next(make_pool: Callable[..., SessionPool]) -> Non
     for thread in threads:
         thread.join(30)
     assert order == [0, 1, 2, 3]
+
+
+def test_ctrl_c_ends_the_wait_for_a_session(make_pool: Callable[..., SessionPool]) -> None:
+    pool = make_pool(1)
+    with pool.open_repl(), unseen_ctrl_c() as press:
+        press()
+        pool.open_repl(timeout_seconds=120)
+    with pool.open_repl() as repl:  # who gave up waiting holds no place
+        assert repl.exec("1").value == "1"
 
 
 def test_many_threads_share_few_sessions(make_pool: Callable[..., SessionPool]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import select
 import socket
 import time
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from ...options import DockerOptions
 from ...results import Stream
 from ...runners import control
 from ...runners.multiplex import STDERR, STDOUT
+from ...waiting import is_readable
 from .attached import Attached, HostEnd
 from .container import WAIT_SECONDS, create_container
 from .contexts import SessionDirectory
@@ -111,11 +111,10 @@ class DockerGuest:
         return self._control.fileno()
 
     def _receive(self, seconds: float) -> control.Message:
-        self._control.settimeout(seconds)
+        if not is_readable(self._control.fileno(), seconds):
+            raise GuestLost("the supervisor did not answer in time")
         try:
             got = control.receive(self._control)
-        except TimeoutError:
-            raise GuestLost("the supervisor did not answer in time") from None
         except (OSError, ValueError) as exc:
             raise GuestLost(f"the supervisor's channel failed: {exc}") from None
         if got is None:
@@ -138,9 +137,7 @@ class DockerGuest:
 
     def report(self) -> Report | None:
         """See `Guest.report`."""
-        poll = select.poll()  # select() fails on descriptors above 1023
-        poll.register(self._control, select.POLLIN)
-        if not poll.poll(0):
+        if not is_readable(self._control.fileno()):
             return None
         message = self._receive(1.0)
         if message["op"] == "died":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 from typing import Final
 
 from ...bridge.guest import GuestLost
 from ...errors import BackendUnavailable
 
-__all__ = ("MORE_DESCRIPTORS", "channels", "check_descriptors", "is_readable", "pipes")
+__all__ = ("MORE_DESCRIPTORS", "channels", "check_descriptors", "pipes")
 
 MORE_DESCRIPTORS: Final = "close sessions, or raise the limit: ulimit -n"
 #: Descriptors that a session's start needs beside its channels: two processes, a look into /proc, and its cgroups' entrances.
@@ -61,10 +60,3 @@ def channels() -> tuple[list[socket.socket], list[int]]:
         why = exc.strerror if isinstance(exc, OSError) else "too few are left for a session"
         raise BackendUnavailable("jail", f"this process cannot open a channel ({why})", MORE_DESCRIPTORS) from None
     return sockets, ends
-
-
-def is_readable(fd: int, seconds: float) -> bool:
-    """Not by select(), which fails on descriptors above 1023."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))

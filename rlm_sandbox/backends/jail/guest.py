@@ -20,8 +20,9 @@ from ...options import JailOptions
 from ...registry import SessionConfig
 from ...results import Stream
 from ...runners import control
+from ...waiting import is_readable
 from .cgroups import REMEDY, SessionGroup
-from .channels import channels, check_descriptors, is_readable, pipes
+from .channels import channels, check_descriptors, pipes
 from .inputs import input_mounts
 
 __all__ = ("JailGuest",)

@@ -14,6 +14,7 @@ from typing import Final
 from ... import bundle
 from ...errors import BackendUnavailable, InputRefused
 from ...runners import control
+from ...waiting import is_readable
 
 __all__ = ("check_inputs", "input_mounts")
 
@@ -93,7 +94,7 @@ def _mount(sock: socket.socket, name: str, path: Path) -> tuple[control.Message,
     shown = str(path)
     try:
         control.send(sock, {"op": "mount", "path": os.path.abspath(path)})  # noqa: PTH100 - `resolve` would follow links here
-        got = control.receive(sock)
+        got = control.receive(sock) if is_readable(sock.fileno(), _SECONDS) else None
     except ValueError:
         raise InputRefused(name, "its path is too long", "give a shorter one") from None
     except OSError as exc:

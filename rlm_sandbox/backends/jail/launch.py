@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ... import bundle
 from ...errors import BackendUnavailable, InputRefused
 from ...runners import control
+from ...waiting import is_readable
 from .library import guest_library
 
 if TYPE_CHECKING:
@@ -199,6 +200,8 @@ class Zygote:
 
     def _receive(self) -> control.Message:
         try:
+            if not is_readable(self._sock.fileno(), self._sock.gettimeout() or 0.0):
+                raise TimeoutError
             got = control.receive(self._sock)
         except TimeoutError:
             if self._importing:
@@ -219,9 +222,7 @@ class Zygote:
         pipe = self._process.stderr
         if pipe is None:
             return ""
-        poll = select.poll()  # select() fails on descriptors above 1023
-        poll.register(pipe, select.POLLIN)
-        if not poll.poll(500):
+        if not is_readable(pipe.fileno(), 0.5):
             return ""
         lines = os.read(pipe.fileno(), 16_384).decode("utf-8", "replace").strip().splitlines()
         return f" ({lines[-1][:300]})" if lines else ""

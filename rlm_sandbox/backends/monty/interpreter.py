@@ -12,6 +12,7 @@ from typing import Any, Final
 from ...errors import SandboxError
 from ...limits import Limits
 from ...results import Stream
+from ...waiting import take
 from . import values
 from .failures import Ending, Failure, read_failure
 from .pool import Slot
@@ -198,7 +199,7 @@ class Interpreter:
         dumping, self._dumping = self._dumping, None
         if dumping is not None:
             try:
-                point, exc = dumping.get(timeout=_DUMP_SECONDS)
+                point, exc = take(dumping, _DUMP_SECONDS)
             except Empty:
                 self.worker.kill()
                 return False
@@ -214,7 +215,7 @@ class Interpreter:
         done: SimpleQueue[Any] = SimpleQueue()
         worker.submit(lambda: _point(worker, feeds, names), done)
         try:
-            point, exc = done.get(timeout=_DUMP_SECONDS)
+            point, exc = take(done, _DUMP_SECONDS)
         except Empty:
             worker.kill()
             return None
@@ -244,7 +245,7 @@ class Interpreter:
         done: SimpleQueue[Any] = SimpleQueue()
         worker.submit(lambda: worker.load(unseal(point.state)), done)
         try:
-            _, exc = done.get(timeout=_LOAD_SECONDS)
+            _, exc = take(done, _LOAD_SECONDS)
         except Empty:
             return False
         self._slot.worker_is_ready()

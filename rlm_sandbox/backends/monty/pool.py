@@ -22,6 +22,7 @@ import pydantic_monty as monty
 
 from ...errors import PoolTimeout
 from ...limits import Limits
+from ...waiting import take
 from .worker import Worker
 
 __all__ = ("INSIDE", "Pool", "Slot", "shared_pool")
@@ -76,7 +77,7 @@ class Pool:
     def _on_spawner(self, job: Callable[[], Any]) -> Any:
         reply: SimpleQueue[Any] = SimpleQueue()
         self._jobs.put((job, reply))
-        value, exc = reply.get()
+        value, exc = take(reply)
         if exc is not None:
             raise exc
         return value

@@ -21,6 +21,7 @@ import pydantic_monty as monty
 from ...bridge.handles import HostCall, Outcome, run_call
 from ...bridge.host_pool import HostPool
 from ...results import OutputChunk, Stream
+from ...waiting import take
 from . import values
 from .alarms import alarms, signal_watch
 from .host_calls import Answer, HostDoor
@@ -261,9 +262,8 @@ class Turn:
             at, reason = self.clock.due(charged_since, grace=False)
             if until is not None and until < at:
                 at, reason = until, ""
-            timeout = None if at == math.inf else at - time.monotonic()
             try:
-                event = self._mailbox.get(timeout=None if timeout is None else max(0.0, timeout))
+                event = take(self._mailbox, None if at == math.inf else max(0.0, at - time.monotonic()))
             except Empty:
                 if not reason:
                     return ("timer",)

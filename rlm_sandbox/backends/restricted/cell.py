@@ -16,6 +16,7 @@ from ...bridge.host_pool import HostPool
 from ...bridge.watchdog import Watchdog
 from ...limits import Limits
 from ...results import LimitHit
+from ...waiting import piece
 from .alarm import ALARM, signals
 from .policy.runtime import Policy
 
@@ -219,4 +220,4 @@ class Cell:
         if seconds is not None:
             timeout = seconds if timeout is None else min(timeout, seconds)
         with contextlib.suppress(Empty):
-            self._mailbox.get(timeout=timeout)
+            self._mailbox.get(timeout=piece(timeout))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from ...context import Context, DataContext
 from ...errors import BackendUnavailable
 from ...limits import Limits
 from ...results import Stream
+from ...waiting import is_readable
 
 __all__ = ("PlainGuest",)
 
@@ -103,11 +103,7 @@ class PlainGuest:
         ).result()
 
     def _await_ready(self, err_fd: int) -> None:
-        self._leash.settimeout(_START_SECONDS)
-        try:
-            said = self._leash.recv(1_000)
-        except TimeoutError:
-            said = b"it did not start in time"
+        said = self._leash.recv(1_000) if is_readable(self._leash.fileno(), _START_SECONDS) else b"it did not start in time"
         if said == _READY:
             return
         why = said.decode("utf-8", "replace")
@@ -128,7 +124,7 @@ class PlainGuest:
 
     def report(self) -> Report | None:
         """See `Guest.report`. Whatever comes on the leash after the start, an end or a byte, ends the child."""
-        if not _is_readable(self._leash.fileno()):
+        if not is_readable(self._leash.fileno()):
             return None
         self._kill(_REAP_SECONDS)
         return Report("died", self._death or Death())
@@ -271,9 +267,3 @@ def _pipe(on_error: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple
     theirs.callback(os.close, write_fd)
     os.set_blocking(read_fd, False)
     return read_fd, write_fd
-
-
-def _is_readable(fd: int) -> bool:
-    poll = select.poll()  # select() fails on descriptors above 1023
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))

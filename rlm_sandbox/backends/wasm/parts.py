@@ -11,6 +11,7 @@ from typing import Final
 
 from ...errors import BackendUnavailable
 from ...registry import Part
+from ...waiting import wait_until
 from .engine_version import check_engine
 
 __all__ = ("examine_parts",)
@@ -104,7 +105,7 @@ def _threads() -> Part:
         run_in_cell_thread(ran.set)
     except BackendUnavailable as exc:
         return Part(name="threads", works=False, found=exc.reason, consequence=_NO_SESSION, remedy=exc.remedy)
-    if not ran.wait(10):
+    if not wait_until(ran.wait, 10):
         return Part(
             name="threads",
             works=False,

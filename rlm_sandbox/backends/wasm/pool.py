@@ -15,6 +15,7 @@ from collections import deque
 from typing import Final
 
 from ...errors import BackendUnavailable
+from ...waiting import take, wait_until
 from ...wire.messages import Configure, Exec, Message, dump_message
 from ...wire.strings import dump_string
 from .engine import LoadedEngine
@@ -109,7 +110,7 @@ class InstancePool:
         for entry in self._first:
             peer = ReplayPeer(entry)
             instance.start(entry.request, peer)
-            if not peer.done.wait(_SECONDS) or not peer.matched:
+            if not wait_until(peer.done.wait, _SECONDS) or not peer.matched:
                 raise BackendUnavailable("wasm", "two instances of the guest did not start alike", "report this as a bug")
         return instance
 
@@ -121,7 +122,7 @@ def _record(instance: Instance, request: str) -> Entry:
     instance.start(entry.request, peer)
     try:
         while peer.ended is None and peer.failed is None:
-            peer.signals.get(timeout=_SECONDS)
+            take(peer.signals, _SECONDS)
     except queue.Empty:
         peer.stop()
     if peer.ended is None:

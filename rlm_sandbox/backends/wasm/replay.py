@@ -14,6 +14,7 @@ import time
 from typing import Final
 
 from ...errors import BackendUnavailable
+from ...waiting import wait_until
 from .cell_threads import run_in_cell_thread
 from .idle import IDLE_SECONDS
 from .instance import Instance
@@ -164,7 +165,7 @@ class _Follower:
         """The instance when it has run everything; None, and its end, if that takes too long or it failed."""
         until = time.monotonic() + seconds
         while not self.failed:
-            if not self._idle.wait(max(0.0, until - time.monotonic())):
+            if not wait_until(self._idle.wait, until - time.monotonic()):
                 break
             if self.position == len(self._journal):
                 return None if self.failed else self._instance

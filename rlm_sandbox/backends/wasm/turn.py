@@ -14,6 +14,7 @@ from ...bridge.handles import HandleTable
 from ...bridge.host_pool import HostPool
 from ...limits import Limits
 from ...results import Stream
+from ...waiting import piece
 from ...wire.codec import Attachment, WireError
 from ...wire.messages import FRAME_OVERHEAD, Done, Message, dump_message
 from ...wire.strings import dump_string, load_string
@@ -62,7 +63,8 @@ class WasmTurn(Exchange):
             end: TurnEnd | None = None
             while end is None:
                 try:
-                    end = self._step()
+                    while end is None:  # Ctrl-C is raised where a loop turns back, too, which has to be in here
+                        end = self._step()
                 except KeyboardInterrupt:
                     self._host_interrupted = True
                 except WireError as exc:
@@ -81,7 +83,7 @@ class WasmTurn(Exchange):
             return end
         wait = self.wait_seconds(now)
         try:
-            self._peer.signals.get(timeout=wait)
+            self._peer.signals.get(timeout=piece(wait))
         except queue.Empty:
             return None
         self._take_output()
