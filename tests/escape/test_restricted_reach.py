@@ -257,3 +257,130 @@ def test_a_dataclass_makes_no_source_of_what_a_cell_says_later(code: str, monkey
         ).ok
         assert not repl.exec(code).ok
     assert "RLM_OWNED" not in os.environ
+
+
+#: Found here, not published. Each leaves what it reached in ``r``; the verdict is the host's.
+_RAW: Final = (
+    "class Y:\n    def __radd__(self, other):\n        global r\n        r = other\n        return other\nclass S(str):\n    pass\n"
+)
+_WAYS: Final = {
+    # An augmented assignment reads its target, too, and gives it to an operator of the cell's.
+    "format by an augmented assignment": f"{_RAW}S.format += Y()\nr = r('{{0.__globals__}}', llm_query)",
+    "format_map by an augmented assignment": f"{_RAW}s = S('{{x.__globals__}}')\ns.format_map += Y()\nr = r({{'x': llm_query}})",
+    "mro by an augmented assignment": f"{_RAW}S.mro += Y()\nr = r()",
+    "format by super": "class S(str):\n    def raw(self):\n        return super().format\nr = S('{0.__globals__}').raw()(llm_query)",
+    "format_map by super": (
+        "class S(str):\n    def raw(self):\n        return super().format_map\nr = S('{x.__globals__}').raw()({'x': llm_query})"
+    ),
+    "format by a generic alias": "class S[T](str):\n    pass\nr = S[int].format('{0.__globals__}', llm_query)",
+    "obj by super": "class E(AttributeError):\n    def reach(self):\n        return super().obj\nr = [E().reach, E().reach()]",
+    # The documentation of a dataclass is its signature, and the signature of a base that it has in words is evaluated in the host's modules.
+    "a dataclass with a base's words for a signature": (
+        "from dataclasses import dataclass\nclass A:\n    '''A(x=rlm_vault.KEY)\n--\n\n'''\n"
+        "@dataclass(init=False)\nclass C(A):\n    pass\nr = C.__doc__\nr = r.index('canary')"
+    ),
+    "the same with a documentation that says no twice": (
+        "from dataclasses import dataclass\nclass A:\n    '''A(x=rlm_vault.KEY)\n--\n\n'''\nclass No:\n    __bool__ = lambda self: False\n"
+        "@dataclass(init=False)\nclass C(A):\n    __doc__ = No()\nr = C.__doc__\nr = r.index('canary')"
+    ),
+    "a dataclass whose fields a pattern reads": (
+        "from dataclasses import dataclass\n@dataclass\nclass D:\n    gi_frame: object = None\ndef g():\n    yield\nmatch g():\n    case D(r):\n        pass\nr"
+    ),
+}
+
+
+@pytest.mark.parametrize("code", _WAYS.values(), ids=_WAYS)
+def test_an_unpublished_way_out_is_closed(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vault = types.ModuleType("rlm_vault")
+    vault.KEY = "canary-77c1"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "rlm_vault", vault)
+    with open_repl("restricted", accept=Grade.NONE, trusted=True) as repl:
+        repl.bind("llm_query", str.upper)
+        result = repl.exec(code)
+        assert result.outcome == "error", result.value
+        assert "canary" not in f"{result.value}{result.error}"
+        # A format of the host's own function says so; the one of `str` would have said what is in it.
+        assert "__builtins__" not in str(repl.exec("r").value)
+        assert repl.exec("[S('{0}').format(5), '{0}'.format(5)] if 'S' in session_names() else 0").ok
+
+
+#: `copy` makes an instance anew by what the instance says, and sets attributes of what that makes.
+_COPIERS: Final = ("copy.copy(a)", "copy.deepcopy([a])", "dataclasses.asdict(D(a))", "dataclasses.astuple(D(a))")
+
+
+@pytest.mark.parametrize("copier", _COPIERS)
+@pytest.mark.parametrize(
+    "made",
+    [
+        "a = A()\na.__dict__['__reduce_ex__'] = lambda protocol: (lambda: target, (), (None, change))",
+        "a = A()\na.__dict__['__reduce__'] = lambda: (lambda: target, (), (None, change))",
+        "class L(collections.Counter):\n    pass\na = L()\na.__dict__['__reduce__'] = lambda: (lambda: target, (), (None, change))",
+        "class N:\n    __slots__ = ('most_common',)\n    def __new__(cls):\n        return target\na = N()",
+        "N = type('N', (), {'__new__': lambda cls: target})\na = N()",
+        "class R:\n    def __reduce__(self):\n        return (lambda: target, (), (None, change))\na = R()",
+        "class R:\n    __slots__ = ('__reduce_ex__',)\na = R()",
+        "a = A()\na.__reduce_ex__ = lambda protocol: (lambda: target, (), (None, change))",
+        "a = A()\nsetattr(a, '__reduce_ex__', lambda protocol: (lambda: target, (), (None, change)))",
+    ],
+)
+def test_a_copy_changes_nothing_but_itself(made: str, copier: str) -> None:
+    before = dict(vars(collections.Counter))
+    try:
+        with open_repl("restricted", accept=Grade.NONE, trusted=True) as repl:
+            assert repl.exec(
+                "import collections, copy, dataclasses\nclass A:\n    pass\n@dataclasses.dataclass\nclass D:\n    x: object\n"
+                "target = collections.Counter\nchange = {'most_common': lambda self, n=None: 'mine', 'mine': 1}"
+            ).ok
+            repl.exec(made)
+            repl.exec(copier)
+            assert dict(vars(collections.Counter)) == before
+    finally:
+        for name in set(vars(collections.Counter)) - set(before):
+            delattr(collections.Counter, name)
+        if collections.Counter.most_common is not before["most_common"]:
+            collections.Counter.most_common = before["most_common"]  # type: ignore[method-assign]
+
+
+_TEXT: Final = """
+import sys
+class B(bytes):
+    def __len__(self):
+        return 0
+class S(str):
+    def __str__(self):
+        return self
+    def __len__(self):
+        return 1
+    def __getitem__(self, key):
+        return 7
+    def encode(self, *how):
+        return [1]
+    def join(self, parts):
+        return [2]
+    def __add__(self, other):
+        return [3]
+    __radd__ = __add__
+class R:
+    def __repr__(self):
+        return S('x' * 10)
+class E(Exception):
+    def __str__(self):
+        return S('x' * 10)
+class A:
+    def __radd__(self, other):
+        return [4]
+"""
+
+
+def test_a_text_with_methods_of_its_own_is_a_text_to_the_host() -> None:
+    """What a cell shows is taken as characters: no method of it runs in the host, where no cell is and no clock."""
+    with open_repl("restricted", accept=Grade.NONE, trusted=True) as repl:
+        assert repl.exec(_TEXT).ok
+        assert repl.exec("R()").value == "x" * 10
+        result = repl.exec("raise E")
+        assert (result.outcome, result.error) == ("error", f"E: {'x' * 10}")
+        assert repl.exec("print(S('a'), S('b'), sep=S('-'), end=S('.'))\nsys.stdout.write(S('c'))").stdout == "a-b.c"
+        assert repl.exec("print(1, end=A())").error == "TypeError: end must be None or a string, not A"
+        assert repl.exec("q = R()", read=("q",)).read["q"].repr == "x" * 10
+        assert repl.get("q").repr == "x" * 10
+        assert type(repl.get("q").repr) is str

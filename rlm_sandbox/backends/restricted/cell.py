@@ -159,7 +159,9 @@ class Cell:
         if threading.get_ident() != self._thread:
             return
         with self.shielded():
-            self._capture.add("stdout" if stream == _OUTPUT[0] else "stderr", text.encode("utf-8", "backslashreplace"))
+            self._capture.add(
+                "stdout" if stream == _OUTPUT[0] else "stderr", str.encode(text, "utf-8", "backslashreplace")
+            )  # not its own
 
     def sleep(self, seconds: float) -> None:
         """``time.sleep``: on the guest's clock."""

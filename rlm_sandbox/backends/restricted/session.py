@@ -375,7 +375,7 @@ class RestrictedSession:
 def _opaque(value: Any) -> OpaqueValue:
     """Type name and repr; the repr is guest code, and a stop in it is no value."""
     try:
-        text = repr(value)
+        text = str.__str__(repr(value))
     except CellStopped:
         raise
     except Exception:  # noqa: BLE001 - foreign code

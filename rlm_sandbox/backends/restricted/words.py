@@ -19,7 +19,8 @@ _LOCK: Final = threading.Lock()
 
 
 def cut(text: str, limit: int) -> str:
-    """``text``, shortened with a note."""
+    """``text``, shortened with a note. Of a cell's own kind of text only the characters are taken."""
+    text = str.__str__(text)
     return text if len(text) <= limit else f"{text[:limit]}... [{len(text) - limit} more characters]"
 
 

@@ -21,13 +21,38 @@ def _check_bases(bases: tuple[Any, ...]) -> None:
             raise TypeError(f"a class of the restricted language cannot inherit from {base.__name__}")
 
 
+class _Inherited:
+    """A method that every class of a cell has of what it inherits from, and no dict of an instance can stand before.
+
+    `copy` asks an instance how to make it anew, and sets attributes of whatever the answer makes.
+    """
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, obj: Any, owner: type) -> Any:
+        for base in owner.__mro__:
+            found = vars(base).get(self._name)
+            if found is not None and type(found) is not _Inherited:
+                return found.__get__(obj, owner)
+        raise AttributeError(self._name)
+
+    def __set__(self, obj: Any, value: Any) -> None:
+        raise AttributeError(f"{self._name} cannot be changed by a cell")
+
+
+_COPIED_BY: Final = {name: _Inherited(name) for name in ("__reduce__", "__reduce_ex__")}
+
+
 class GuestClass(type):
     """The type of every ordinary class a cell defines."""
 
     def __new__(cls, name: str, bases: tuple[Any, ...], namespace: Any, **options: Any) -> GuestClass:
         """Make the class."""
         _check_bases(bases)
-        return super().__new__(cls, name, bases, namespace, **options)
+        return super().__new__(cls, name, bases, {**namespace, **_COPIED_BY}, **options)
 
 
 class GuestEnum(enum.EnumType):

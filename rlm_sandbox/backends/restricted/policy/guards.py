@@ -98,11 +98,16 @@ class Guards:
                 return str(type.__dict__["__name__"].__get__(obj)) if isinstance(obj, type) else obj.__name__
         elif name in GUARDED_ATTRIBUTES and not (name == "register" and is_guests(obj)):
             if name in ("format", "format_map"):
-                if isinstance(obj, str) or (isinstance(obj, type) and issubclass(obj, str)):
-                    return self._format(obj, name)
-            elif name in ("mro", "register") or isinstance(obj, BaseException):
+                return self._formatting(getattr(obj, name, *default))
+            elif name in ("mro", "register") or isinstance(obj, BaseException) or type(obj) is super:
                 raise AttributeError(f"the attribute {name!r} leads out of the cell")
         return getattr(obj, name, *default)
+
+    def _formatting(self, found: Any) -> Any:
+        """What an object gave for ``format``. Not only a text has that of a text: ``super()`` and generic aliases pass it on."""
+        if type(found) is types.BuiltinMethodType and isinstance(found.__self__, str):
+            return self._format(found.__self__, found.__name__)
+        return self._format(str, found.__name__) if found is str.format or found is str.format_map else found
 
     def _check_private(self, obj: Any, name: str) -> None:
         if name == "__name__":
@@ -119,7 +124,7 @@ class Guards:
     def _format(self, text: Any, name: str) -> Callable[..., str]:
         formatter = self._formatter
         if isinstance(text, type):  # the method of the class: the text comes first
-            return lambda text, *args, **kwargs: self._format(str(text), name)(*args, **kwargs)
+            return lambda text, *args, **kwargs: self._format(str.__str__(text), name)(*args, **kwargs)
         if type(text) is str and name == "format" and self._is_plain(text):
             return text.format
         if name == "format":

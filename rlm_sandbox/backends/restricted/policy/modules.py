@@ -241,6 +241,9 @@ def _dataclass(cls: Any = None, /, **options: Any) -> Any:
         if type(name) is not str or not name.isidentifier() or name.startswith("__"):
             raise TypeError(f"a field cannot have the name {str(name)[:100]!r}")
     cls.__annotations__ = fields
+    doc = vars(cls).get("__doc__")
+    if type(doc) is not str or not doc:  # else it is made of a signature, for which the texts of base classes are evaluated
+        cls.__doc__ = f"{cls.__name__}({', '.join(fields)})"
     module = cls.__module__
     cls.__module__ = _NOWHERE.__name__
     try:

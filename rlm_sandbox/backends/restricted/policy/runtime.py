@@ -72,8 +72,11 @@ class Policy:
             self._halt()
 
     def _print(self, *values: Any, sep: str | None = " ", end: str | None = "\n", file: Any = None, flush: bool = False) -> None:
-        text = ("" if sep is None and not values else " " if sep is None else sep).join(map(str, values))
-        text += "\n" if end is None else end
+        for option, given in (("sep", sep), ("end", end)):
+            if given is not None and not isinstance(given, str):
+                raise TypeError(f"{option} must be None or a string, not {type(given).__name__}")
+        # Of `str` by name: a cell's own kind of text has methods of its own.
+        text = str.join("", (str.join(" " if sep is None else sep, map(str, values)), "\n" if end is None else end))
         if file is None:
             self._write("stdout", text)
         else:

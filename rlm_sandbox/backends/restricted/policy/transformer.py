@@ -26,17 +26,18 @@ __all__ = (
 )
 
 _DOUBLE = (
-    "init new repr str bytes format lt le eq ne gt ge hash bool len getitem setitem delitem contains iter next reversed missing "
+    "init repr str bytes format lt le eq ne gt ge hash bool len getitem setitem delitem contains iter next reversed missing "
     "call enter exit add sub mul truediv floordiv mod pow and or xor lshift rshift neg pos abs invert radd rsub rmul rtruediv "
     "rfloordiv rmod iadd isub imul int float index round complex divmod matmul post_init length_hint"
 )
-#: Special methods a class may define. Not ``__del__`` (it runs when no cell does), nor what changes how names are looked up.
+#: Special methods a class may define. Not ``__del__`` (it runs when no cell does), nor what changes how names are looked up, nor
+#: ``__new__``: what made an instance by it (`copy` does) writes attributes to whatever it returned.
 _METHODS: Final = frozenset(f"__{name}__" for name in _DOUBLE.split()) | {"__getattr__"}
 #: What may be assigned in a class body. Not what other code believes of a class: ``__annotations__`` (`dataclasses` makes source code of its
 #: keys), ``__class__``, ``__module__``, ``__match_args__``.
 CLASS_NAMES: Final = _METHODS | {"__slots__", "__doc__"}
 #: Special attributes that may be read; the guard says of which objects.
-LOADABLE: Final = (_METHODS - {"__new__", "__getattr__"}) | {"__name__", "__doc__", "__dict__", "__class__"}
+LOADABLE: Final = (_METHODS - {"__getattr__"}) | {"__name__", "__doc__", "__dict__", "__class__"}
 #: Ordinary names that lead somewhere on some objects: decided at run time.
 GUARDED_ATTRIBUTES: Final = frozenset({"format", "format_map", "mro", "obj", "register"})
 #: The end of every refusal: who has what was refused.
@@ -149,6 +150,9 @@ class CellPolicy(RestrictingNodeTransformer):  # type: ignore[misc, unused-ignor
         return self.node_contents_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
+        """It reads its target, too, and hands what it read to an operator of the cell's."""
+        if isinstance(node.target, ast.Attribute) and node.target.attr in GUARDED_ATTRIBUTES:
+            self.error(node, f"the attribute {node.target.attr!r} cannot be assigned in place")
         return self.node_contents_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
