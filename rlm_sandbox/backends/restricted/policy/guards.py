@@ -98,8 +98,8 @@ class Guards:
                 return str(type.__dict__["__name__"].__get__(obj)) if isinstance(obj, type) else obj.__name__
         elif name in GUARDED_ATTRIBUTES and not (name == "register" and is_guests(obj)):
             if name in ("format", "format_map"):
-                return self._formatting(getattr(obj, name, *default))
-            elif name in ("mro", "register") or isinstance(obj, BaseException) or type(obj) is super:
+                return self._format(obj, name) if type(obj) is str else self._formatting(getattr(obj, name, *default))
+            if name in ("mro", "register") or isinstance(obj, BaseException) or type(obj) is super:
                 raise AttributeError(f"the attribute {name!r} leads out of the cell")
         return getattr(obj, name, *default)
 
