@@ -27,6 +27,7 @@ __all__ = (
     "confine_relay",
     "confine_supervisor",
     "confine_worker",
+    "enter_namespaces",
     "seal_worker",
 )
 
@@ -81,20 +82,20 @@ class SessionConfinement:
     landlock: int = 0
 
 
-def _own_kernel_id(plan: SessionConfinement) -> None:
-    if plan.kernel_id is None:
+def _own_kernel_id(kernel_id: int | None) -> None:
+    if kernel_id is None:
         return
     os.setgroups([])
-    os.setresgid(plan.kernel_id, plan.kernel_id, plan.kernel_id)
-    os.setresuid(plan.kernel_id, plan.kernel_id, plan.kernel_id)
+    os.setresgid(kernel_id, kernel_id, kernel_id)
+    os.setresuid(kernel_id, kernel_id, kernel_id)
 
 
-def _own_namespaces(_plan: SessionConfinement) -> None:
+def _own_namespaces(_kernel_id: int | None) -> None:
     raw.unshare(raw.CLONE_NEWUSER | raw.CLONE_NEWNS | raw.CLONE_NEWIPC | raw.CLONE_NEWUTS | raw.CLONE_NEWNET)
 
 
-def _map_ids(plan: SessionConfinement, proc: int) -> None:
-    outer = plan.kernel_id or 0
+def _map_ids(kernel_id: int | None, proc: int) -> None:
+    outer = kernel_id or 0
     raw.prctl(raw.PR_SET_DUMPABLE, 1)  # the files below belong to the process only while it is dumpable
     for name, text in (("setgroups", "deny"), ("uid_map", f"{GUEST_ID} {outer} 1"), ("gid_map", f"{GUEST_ID} {outer} 1")):
         fd = os.open(f"self/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
@@ -136,7 +137,7 @@ def _inputs(plan: SessionConfinement) -> None:
     raw.make_read_only(GUEST_INPUT, recursive=False)
 
 
-def _neutral_hostname(_plan: SessionConfinement) -> None:
+def _neutral_hostname(_kernel_id: int | None) -> None:
     raw.set_hostname("sandbox")
 
 
@@ -184,24 +185,41 @@ def _supervisor_filter(_plan: SessionConfinement) -> None:
     raw.install_filter(seccomp.supervisor_program(), listener=False)
 
 
-def confine_supervisor(plan: SessionConfinement, proc: int) -> None:
-    """Confine this process, a fresh child of the zygote and pid 1 of its own pid namespace.
+def enter_namespaces(kernel_id: int | None, proc: int) -> None:
+    """The first steps of a supervisor, which are the same for every session: into namespaces of its own, as a user of its own.
+
+    Args:
+        kernel_id: see `SessionConfinement`.
+        proc: a descriptor of a procfs that shows this process, a fresh child of the zygote and pid 1 of its own pid
+            namespace; closed before the guest begins.
+
+    Raises:
+        OSError: a step failed; the caller must end the process.
+    """
+    steps: list[Callable[[int | None], None]] = [
+        _own_kernel_id,
+        _own_namespaces,
+        lambda kernel_id: _map_ids(kernel_id, proc),
+        lambda _kernel_id: os.close(proc),
+        _neutral_hostname,
+        _not_dumpable,
+    ]
+    for step in steps:
+        step(kernel_id)
+
+
+def confine_supervisor(plan: SessionConfinement) -> None:
+    """Confine this process, which has done `enter_namespaces`, for the session that it is to supervise.
 
     Args:
         plan: what to enforce.
-        proc: a descriptor of a procfs that shows this process; closed before the guest begins.
 
     Raises:
         OSError: a step failed; the caller must end the process.
     """
     steps: list[Callable[[SessionConfinement], None]] = [
-        _own_kernel_id,
-        _own_namespaces,
-        lambda plan: _map_ids(plan, proc),
-        lambda _plan: os.close(proc),
         _private_tmp,
         _inputs,
-        _neutral_hostname,
         _resource_limits,
         _no_privileges,
         _file_rules,
@@ -217,7 +235,7 @@ def _check_container(_plan: SessionConfinement) -> None:
         raise PermissionError("the container runs with privileges that the runner must not have")
 
 
-def _not_dumpable(_plan: SessionConfinement) -> None:
+def _not_dumpable(_plan: object) -> None:
     raw.prctl(raw.PR_SET_DUMPABLE, 0)  # /proc of this process belongs to root from now on, and so does a worker's
 
 

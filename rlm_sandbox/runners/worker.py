@@ -27,7 +27,7 @@ from . import mapped_text
 from .output import CellOutput
 from .session import GuestSession
 
-__all__ = ("main",)
+__all__ = ("Worker", "main", "prepare")
 
 #: The guest is the receiving end of the host's caps, so it needs none of its own beyond its memory.
 _MAX_FRAME: Final = 1 << 40
@@ -146,7 +146,9 @@ class _SocketTransport:
         return None
 
 
-class _Worker:
+class Worker:
+    """One worker: its channel, its session, and the moments between turns."""
+
     def __init__(
         self,
         data_fd: int,
@@ -161,6 +163,10 @@ class _Worker:
         self._generation = generation
         self._transport = _SocketTransport(data_fd)
         self._session = GuestSession(self._transport, self._set_interruptible, self._map_text, map_data=self._map_data)
+
+    def end(self) -> None:
+        """Give up its channel."""
+        self._transport.close()
 
     def _set_interruptible(self, value: bool) -> None:
         if value:
@@ -186,14 +192,18 @@ class _Worker:
         signal.signal(signal.SIGINT, self._transport.on_interrupt)
         self._hello()
         while True:
-            header, attachments = self._transport.receive()
-            if header == [Protect.op]:
-                self._fork_standby()
-            else:
-                if header[0] == "configure":
-                    limit = header[2]
-                    self._transport.limit(_MAX_FRAME if limit is None else limit + FRAME_OVERHEAD)
-                self._session.handle(header, attachments)
+            self.serve_one()
+
+    def serve_one(self) -> None:
+        """Wait for a request and serve it."""
+        header, attachments = self._transport.receive()
+        if header == [Protect.op]:
+            self._fork_standby()
+        else:
+            if header[0] == "configure":
+                limit = header[2]
+                self._transport.limit(_MAX_FRAME if limit is None else limit + FRAME_OVERHEAD)
+            self._session.handle(header, attachments)
 
     def _hello(self) -> None:
         self._transport.send(Hello(PROTOCOL_VERSION, self._generation), [])
@@ -289,4 +299,4 @@ def main(data_fd: int, birth: socket.socket, generation: int, fork: Callable[[so
     sys.__stdout__, sys.__stderr__ = outputs  # type: ignore[misc]
     sys.argv = [""]
     os.environ.clear()
-    _Worker(data_fd, birth, generation, outputs, fork).serve()
+    Worker(data_fd, birth, generation, outputs, fork).serve()

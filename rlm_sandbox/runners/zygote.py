@@ -10,6 +10,7 @@ import gc
 import importlib
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -17,12 +18,12 @@ import warnings
 from typing import Final
 
 from ..confine import _syscalls_unsafe as raw
-from ..confine import landlock, seccomp
+from ..confine import seccomp
 from ..confine.places import GUEST_PACKAGES
-from ..confine.steps import Input, SessionConfinement, confine_supervisor
-from . import control, supervisor, worker
-from .branches import Branch
+from . import control, worker
 from .preloaded import PRELOADED
+from .spare import Nursery
+from .warm_up import warm_up
 
 __all__ = ("ARENAS", "main", "own_sizes")
 
@@ -30,8 +31,9 @@ __all__ = ("ARENAS", "main", "own_sizes")
 ARENAS: Final = 2
 
 
-#: Worker's data, supervisor's control, stdout, stderr; then the mounts of input files, then the entrances of its cgroups.
-_CHANNELS: Final = 4
+#: After a session was asked for, the next spare is made when nobody has asked for another one for this long: by then the
+#: session's own processes need the processor less.
+_QUIET_SECONDS: Final = 0.005
 #: Read once, when the libraries are loaded. Their threads would count as the session's tasks, and a fork leaves them behind.
 _ONE_THREAD: Final = (
     "OPENBLAS_NUM_THREADS",
@@ -41,10 +43,6 @@ _ONE_THREAD: Final = (
     "NUMEXPR_NUM_THREADS",
     "POLARS_MAX_THREADS",
 )
-
-
-#: Found out once: every session has it, or none.
-_LANDLOCK: Final = landlock.abi()
 
 
 class _ImportFailed(Exception):
@@ -106,46 +104,6 @@ def _tasks_are_counted() -> bool:
     return status == 0
 
 
-def _limit(message: control.Message, name: str) -> int | None:
-    value = message[name]
-    return None if value is None else int(value)
-
-
-def _spawn(message: control.Message, fds: list[int], proc: int, host: socket.socket, own: int, sizes: tuple[int, int]) -> None:
-    """Fork the supervisor of one session, in a pid namespace of its own."""
-    mounts = fds[_CHANNELS : _CHANNELS + len(message["inputs"])]
-    entrances = fds[_CHANNELS + len(mounts) :]
-    plan = SessionConfinement(
-        kernel_id=_limit(message, "kernel_id"),
-        memory_mb=_limit(message, "memory_mb"),
-        disk_mb=_limit(message, "disk_mb"),
-        tasks=_limit(message, "tasks"),
-        base_data=sizes[0],
-        base_address_space=sizes[1],
-        inputs=tuple(Input(name, directory, fd) for (name, directory), fd in zip(message["inputs"], mounts, strict=True)),
-        landlock=_LANDLOCK,
-    )
-    raw.unshare(raw.CLONE_NEWPID)  # for children only: the next fork is pid 1 of the new namespace
-    try:
-        pid = os.fork()
-    except OSError:
-        raw.setns(own, raw.CLONE_NEWPID)
-        raise
-    if pid == 0:
-        try:
-            host.close()
-            os.close(own)
-            keep = {proc, *fds[_CHANNELS:]}
-
-            def make(to_host: socket.socket, seconds: float | None) -> Branch:
-                return Branch(to_host, seconds, entrances=tuple(entrances))
-
-            supervisor.main(lambda: confine_supervisor(plan, proc), keep, fds[:_CHANNELS], message["seconds"], make)
-        finally:
-            os._exit(1)
-    raw.setns(own, raw.CLONE_NEWPID)
-
-
 def main(control_fd: int, proc: int, kernel_ids: int) -> int:
     """Serve spawn requests until the host is gone."""
     host = socket.socket(fileno=control_fd)
@@ -169,20 +127,27 @@ def main(control_fd: int, proc: int, kernel_ids: int) -> int:
     worker.prepare()
     seccomp.supervisor_program()  # every session installs them; building them takes longer than a fork
     seccomp.worker_program()
+    warm_up()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors that end are reaped by the kernel
-    own = os.pidfd_open(os.getpid())
-    sizes = own_sizes(proc)
+    nursery = Nursery(host, proc, kernel_ids, own_sizes(proc))
     gc.collect()
     gc.freeze()
-    control.send(host, {"op": "ready", "kernel_ids": kernel_ids, "python": list(sys.version_info[:3])})
+    control.send(host, {"op": "ready", "python": list(sys.version_info[:3])})
+    poll = select.poll()
+    poll.register(host, select.POLLIN)
     while True:
+        if nursery.is_empty and not poll.poll(_QUIET_SECONDS * 1000):
+            try:
+                nursery.prepare()
+            except OSError:
+                poll.poll()  # the next session tries again, and says why it cannot be had
         request = control.receive(host)
         if request is None:
             return 0
         message, fds = request
         try:
-            _spawn(message, fds, proc, host, own, sizes)
+            nursery.spawn(message, fds)
         except OSError as exc:
             failure = {"op": "failed", "error": exc.strerror or str(exc), "errno": exc.errno or 0}
             control.send(host, {"number": message["number"], **failure})

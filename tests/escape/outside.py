@@ -14,6 +14,8 @@ import psutil
 from rlm_sandbox import ExecResult, Limits, REPLProtocol
 from rlm_sandbox.results import Outcome, State
 
+from ..spares import living
+
 __all__ = (
     "KEPT",
     "RESTORED",
@@ -83,16 +85,11 @@ class SessionProcesses:
     """The processes that came since this was made, below this one: the session's, as the kernel lists them."""
 
     def __init__(self) -> None:
-        self._before = {process.pid for process in psutil.Process().children(recursive=True)}
+        self._before = {process.pid for process in living(psutil.Process())}
 
     def alive(self) -> list[psutil.Process]:
-        """Those that run, sleep or are stopped."""
-        found = []
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.pid not in self._before and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        """Those that run, sleep or are stopped, without the spare that a zygote makes of its own accord."""
+        return [process for process in living(psutil.Process()) if process.pid not in self._before]
 
     def resident_mb(self) -> float:
         """The largest resident set among them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -59,7 +60,8 @@ def test_a_second_session_is_pristine(open_jail: OpenJail) -> None:
         assert repl.exec(_FINGERPRINT).ok
         found = repl.exec("fingerprint()").value
         repl.close()
-        return found
+        # Where our own handler of signals lies depends on what the zygote had just done when it forked.
+        return None if found is None else re.sub(r"at 0x[0-9a-f]+", "", found)
 
     clean = probe()
     assert clean is not None

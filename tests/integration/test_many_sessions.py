@@ -29,6 +29,7 @@ from rlm_sandbox import Context, Limits, OutputChunk, REPLProtocol, SessionClose
 from rlm_sandbox.registry import load_backend
 
 from ..conftest import require_usable
+from ..spares import living
 
 #: How long what was killed may take to be gone; a loaded machine's share included.
 GONE_SECONDS: Final = 2.0
@@ -122,7 +123,7 @@ class Holdings:
         gc.collect()
         self.descriptors = len(list(Path("/proc/self/fd").iterdir()))
         self.threads = threading.active_count()
-        self.children = {process.pid for process in psutil.Process().children(recursive=True) if process.status() != "zombie"}
+        self.children = {process.pid for process in living(psutil.Process())}
         self.memory_files = Path("/proc/self/maps").read_text().count("memfd:")
         self.files = sorted(path.name for path in Path(tempfile.gettempdir()).iterdir())
 

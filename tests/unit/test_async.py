@@ -19,6 +19,7 @@ from rlm_sandbox.testing import FakeREPL
 
 from ..conftest import require_usable
 from ..escape.outside import wait_until
+from ..spares import living
 
 SMALL = Limits(memory_mb=64, disk_mb=4, time_seconds=30)
 #: What a cancelled call promises (grace and recovery), and a loaded machine's share; far less than the cells would take.
@@ -240,14 +241,14 @@ def test_copies_and_checkpoints_are_awaited_too() -> None:
 def test_an_opening_that_is_cancelled_leaves_nothing() -> None:
     async def main() -> None:
         async with await AsyncREPL.open("jail", limits=SMALL):
-            before = len(psutil.Process().children(recursive=True))
+            before = len(living(psutil.Process()))
             for _ in range(5):
                 task = asyncio.create_task(AsyncREPL.open("jail", limits=SMALL))
                 await asyncio.sleep(0.001)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
-            await asyncio.to_thread(wait_until, lambda: len(psutil.Process().children(recursive=True)) <= before, "left behind", 10)
+            await asyncio.to_thread(wait_until, lambda: len(living(psutil.Process())) <= before, "left behind", 10)
 
     run(main)
 

@@ -23,6 +23,7 @@ from rlm_sandbox.registry import load_backend
 from ..conftest import require_usable
 from ..ctrl_c import unseen_ctrl_c
 from ..escape.outside import wait_until
+from ..spares import living
 
 SMALL = Limits(memory_mb=64, disk_mb=4)
 
@@ -237,7 +238,7 @@ def test_a_zygote_that_dies_costs_no_caller_anything(make_pool: Callable[..., Se
 
 
 def test_a_closed_pool_ends_what_waits_and_hands_out_nothing(make_pool: Callable[..., SessionPool]) -> None:
-    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    before = {process.pid for process in living(psutil.Process())}
     pool = make_pool(1, ready=1)
     held = pool.open_repl()
     errors: list[Exception] = []
@@ -258,7 +259,7 @@ def test_a_closed_pool_ends_what_waits_and_hands_out_nothing(make_pool: Callable
         pool.open_repl()
     assert held.exec("1").ok, "a session in use is its user's"
     held.close()
-    wait_until(lambda: {p.pid for p in psutil.Process().children(recursive=True)} <= before | _launchers(), "a process is left")
+    wait_until(lambda: {p.pid for p in living(psutil.Process())} <= before | _launchers(), "a process is left")
 
 
 def _launchers() -> set[int]:

@@ -99,8 +99,6 @@ class Zygote:
         self._lock = threading.Lock()
         self._count_lock = threading.Lock()  # not the other: a session may end while another one starts
         self.owner_pid = os.getpid()
-        self._kernel_ids = 0
-        self._next_id = 1
         self._spawns = 0
         try:
             self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -168,7 +166,6 @@ class Zygote:
                     "use an interpreter that finds its own library without LD_LIBRARY_PATH",
                 )
             elif message["op"] == "ready":
-                self._kernel_ids = int(message["kernel_ids"])
                 self._importing = ""
                 return
             else:
@@ -248,14 +245,10 @@ class Zygote:
             BackendUnavailable: it could not.
         """
         with self._lock:
-            kernel_id = None
-            if self._kernel_ids:
-                kernel_id = self._next_id
-                self._next_id = self._next_id % (self._kernel_ids - 1) + 1
             self._sock.settimeout(_SPAWN_SECONDS)
             try:
                 self._spawns += 1
-                control.send(self._sock, {"op": "spawn", "number": self._spawns, "kernel_id": kernel_id, **settings}, fds)
+                control.send(self._sock, {"op": "spawn", "number": self._spawns, **settings}, fds)
             except OSError as exc:
                 raise BackendUnavailable(_NAME, f"its zygote is gone ({exc.strerror})", "open the session again") from exc
             message = self._receive()
