@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import psutil
 import pytest
@@ -48,26 +48,31 @@ def runtime(request: pytest.FixtureRequest) -> str | None:
 
 
 class ContainerProcesses:
-    """The processes of the containers that came since this was made, as the host's kernel lists them by control group."""
+    """The processes of this process's containers that came since this was made, as the host's kernel lists them by control group."""
 
-    def __init__(self) -> None:
+    def __init__(self, api: Any, owner: str) -> None:
+        self._api = api
+        self._owner = owner
+        self._containers: set[str] = set()
         self._before = set(self._found())
 
-    def _found(self) -> dict[int, str]:
-        found = {}
+    def _found(self) -> set[int]:
+        mine = self._api.containers(all=True, filters={"label": f"org.rlm-sandbox.owner={self._owner}"})
+        self._containers.update(item["Id"] for item in mine)  # one that is gone may have left something
+        found = set()
         for path in Path("/proc").glob("[0-9]*/cgroup"):
             try:
                 text = path.read_text()
             except OSError:
                 continue
-            if "docker" in text and "/docker" in text.replace("docker-", "/docker"):
-                found[int(path.parent.name)] = text
+            if any(container in text for container in self._containers):
+                found.add(int(path.parent.name))
         return found
 
     def alive(self) -> list[psutil.Process]:
         """Those that run, sleep or are stopped."""
         found = []
-        for pid in set(self._found()) - self._before:
+        for pid in self._found() - self._before:
             try:
                 process = psutil.Process(pid)
                 if process.status() != psutil.STATUS_ZOMBIE:
@@ -101,11 +106,19 @@ class ContainerProcesses:
 
 
 @pytest.fixture
-def processes() -> Iterator[ContainerProcesses]:
+def processes(runtime: str | None) -> Iterator[ContainerProcesses]:
     """The container's processes; none may be left when the test is over."""
-    found = ContainerProcesses()
-    yield found
-    wait_until(lambda: not found.alive(), f"left behind: {found.alive()}", 10.0)
+    import docker  # here: without it the runtime fixture has its say first
+
+    from rlm_sandbox.backends.docker.engine import own_name
+
+    api = docker.APIClient(version="auto")
+    try:
+        found = ContainerProcesses(api, own_name())
+        yield found
+        wait_until(lambda: not found.alive(), f"left behind: {found.alive()}", 10.0)
+    finally:
+        api.close()
 
 
 @pytest.fixture
