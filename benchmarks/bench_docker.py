@@ -1,10 +1,11 @@
 """The figures of the docker backend, as JSON lines, each beside the bare thing that it is compared with.
 
-    python benchmarks/bench_docker.py [--runtime runsc] [--rounds N] [--check]
+    python benchmarks/bench_docker.py [--runtime runsc] [--rounds N] [--check] [--rlm IMAGE]
 
 The bare things, measured in the same run and in turns: the raw attached socket to a container of the same image that echoes,
 the pipes of a `docker run -i` client with the same echo, and a `docker run` of the same image that does nothing. Times are
-medians. `--check` exits with 1 if a promised figure is not kept.
+medians. `--check` exits with 1 if a promised figure is not kept. `--rlm`: beside rlm's docker REPL, too, where its package (rlms) can be
+imported; the image has python, requests and dill.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import docker
 
 from rlm_sandbox import Context, Limits, REPLProtocol, SessionPool, open_repl
 from rlm_sandbox.backends.docker.container import container_settings
+from rlm_sandbox.backends.docker.engine import OWNER_LABEL, own_name
 from rlm_sandbox.options import DockerOptions
 
 _now = time.perf_counter
@@ -231,11 +233,10 @@ def dead_container(options: DockerOptions, rounds: int) -> None:
     took = []
     api = docker.APIClient(version="auto")
     for _ in range(rounds):
-        before = {item["Id"] for item in api.containers(all=True)}
         with open_repl("docker", options=options) as repl:
-            (mine,) = {item["Id"] for item in api.containers()} - before
+            (mine,) = api.containers(filters={"label": f"{OWNER_LABEL}={own_name()}"})
             repl.exec("x = 1")
-            took.append(_replaced(api, mine, repl))
+            took.append(_replaced(api, mine["Id"], repl))
     api.close()
     say("recovery of a dead container", statistics.median(took), target=2000.0, n=rounds)
 
@@ -247,11 +248,35 @@ def _replaced(api: Any, container: str, repl: REPLProtocol) -> float:
     return _now() - started
 
 
+def peer(options: DockerOptions, rounds: int, image: str) -> None:
+    """rlm's docker REPL and ours, in turns: start, the same cell, end."""
+    from rlm.environments.docker_repl import DockerREPL
+
+    theirs: list[list[float]] = [[], [], []]
+    ours: list[list[float]] = [[], [], []]
+    for _ in range(rounds):
+        for times, start, run, end in (
+            (theirs, lambda: DockerREPL(image=image), DockerREPL.execute_code, DockerREPL.cleanup),
+            (ours, lambda: open_repl("docker", options=options), lambda repl, code: repl.exec(code), lambda repl: repl.close()),
+        ):
+            started = _now()
+            repl = start()
+            times[0].append(_now() - started)
+            run(repl, "x = 1")
+            for _ in range(5):
+                time.sleep(0.02)
+                times[1].append(timed(lambda run=run, repl=repl: run(repl, "x = 1")))  # type: ignore[misc]
+            times[2].append(timed(lambda end=end, repl=repl: end(repl)))  # type: ignore[misc]
+    for name, their, our in zip(("start", "cell, 20 ms apart", "end"), theirs, ours, strict=True):
+        say(f"rlm's docker REPL: {name}", statistics.median(their), n=len(their), ours=round(statistics.median(our) * 1e3, 3))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="The figures of the docker backend.")
     parser.add_argument("--runtime", default=None)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--rlm", metavar="IMAGE")
     asked = parser.parse_args()
     options = DockerOptions(runtime=asked.runtime)
     api = docker.APIClient(version="auto")
@@ -263,6 +288,8 @@ def main() -> int:
     }))  # fmt: skip
     for part in (messages, starts, contexts, kills, dead_container):
         part(options, asked.rounds)
+    if asked.rlm:
+        peer(options, asked.rounds, asked.rlm)
     return 1 if asked.check and _missed else 0
 
 

@@ -138,7 +138,8 @@ class Relay(Multiplexer):
             pages = int(os.pread(self._statm, 256, 0).split()[field]) if limit else 0
         except (OSError, IndexError, ValueError):
             return None
-        return cpu, (limit - pages * _PAGE_KB if limit else -1)
+        # What the kernel shows includes the stack, which the limit does not: it may be above it.
+        return cpu, (max(0, limit - pages * _PAGE_KB) if limit else -1)
 
     def _take_worker(self, process: Process) -> None:
         if self._worker is not None:

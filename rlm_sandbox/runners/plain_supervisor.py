@@ -120,7 +120,8 @@ class PlainSupervisor(Supervisor):
             super()._on_birth_word(sender, text)
 
     def _register_processes(self, poll: select.poll) -> None:
-        poll.register(self._child_ended, select.POLLIN)
+        if self._worker:  # else nobody takes what it has to say, and it would keep us awake until the host's next order
+            poll.register(self._child_ended, select.POLLIN)
 
     def _worker_ended(self, process: Process, ready: set[int]) -> bool:
         if self._child_ended.fileno() not in ready:
