@@ -98,6 +98,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _backends(incomplete: str) -> list[str]:
+    return [name for name in ("auto", *backend_names()) if name.startswith(incomplete)]
+
+
 docker_app = typer.Typer(help="Containers of the docker backend.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(docker_app, name="docker")
 
@@ -130,7 +135,9 @@ def _options(
 def run(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to answer.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Text files; each becomes a document.")],
-    backend: Annotated[str, typer.Option(help=f"Where the code runs: auto, {', '.join(backend_names())}.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help=f"Where the code runs: auto, {', '.join(backend_names())}.", autocompletion=_backends)
+    ] = "auto",
     model: Annotated[str, typer.Option(envvar="LLM_MODEL", help="The model to ask.")] = DEFAULT_MODEL,
     sub_model: Annotated[str | None, typer.Option(help="The model for sub-calls; the same, if not given.")] = None,
     base_url: Annotated[str | None, typer.Option(help="The endpoint, such as https://host/v1.")] = None,
@@ -189,7 +196,9 @@ def run(
 @app.command(help=REPL_HELP, short_help="A prompt into a sandbox.")
 def repl(
     files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Text files: ctx, and P, their text.")] = None,
-    backend: Annotated[str, typer.Option(help=f"Where the code runs: auto, {', '.join(backend_names())}.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help=f"Where the code runs: auto, {', '.join(backend_names())}.", autocompletion=_backends)
+    ] = "auto",
     encoding: Annotated[str, typer.Option(help="The encoding of the files.")] = "utf-8",
     time_seconds: Annotated[float | None, typer.Option(help="Seconds one cell may compute.")] = _LIMITS.time_seconds,
     memory_mb: Annotated[int | None, typer.Option(help="Memory of the sandbox, in MiB.")] = _LIMITS.memory_mb,

@@ -45,6 +45,8 @@ __all__ = ("ConsoleListener", "inert", "limit_words", "one_line", "state_words")
 
 #: Characters of a cell's output that are shown; the trajectory has the rest.
 MAX_OUTPUT_CHARS: Final = 8_000
+#: Characters of a cell's code that are shown: colouring a megabyte takes a minute.
+MAX_CODE_CHARS: Final = 20_000
 #: Characters of a model's words around its code, of a traceback, and of an echoed value.
 MAX_PROSE_CHARS: Final = 600
 MAX_TRACEBACK_CHARS: Final = 3_000
@@ -233,12 +235,12 @@ class ConsoleListener:
         self._line(f"model replied in {event.seconds:.1f} s ({tokens}){_after(event.retries)}", "dim")
         prose = parse_reply(event.text).prose
         if prose:
-            self._line(_cut(inert(prose), MAX_PROSE_CHARS), "italic")
+            self._line(inert(_cut(prose, MAX_PROSE_CHARS)), "italic")
 
     def _cell_started(self, event: CellStarted) -> None:
         self._shown = 0
         self._line(f"cell {event.cell}", "bold")
-        code = self._fit(inert(event.code.strip("\n")))
+        code = self._fit(inert(_cut(event.code.strip("\n"), MAX_CODE_CHARS)))
         if self._console.is_terminal:
             syntax = Syntax(code, "python", theme="ansi_dark", background_color="default", word_wrap=True)
             self._print(Padding(syntax, (0, 0, 0, 2)))
@@ -269,7 +271,7 @@ class ConsoleListener:
     def _cell_finished(self, event: CellFinished) -> None:
         self.close()
         if event.value is not None:
-            self._line(f"=> {_cut(inert(event.value), MAX_VALUE_CHARS)}", "green")
+            self._line(f"=> {inert(_cut(event.value, MAX_VALUE_CHARS))}", "green")
         if event.dropped_bytes:
             self._line(f"[{event.dropped_bytes:,} bytes of output were over the limit and are dropped]", "dim")
         if event.outcome == "error":

@@ -15,6 +15,7 @@ from types import CodeType, TracebackType
 from typing import Any, Final, Self
 
 from .binding import Exposed
+from .bridge.names import checked_name
 from .context import Context, WholeText
 from .errors import SessionBusy, SessionClosed
 from .limits import Limits
@@ -134,12 +135,14 @@ class FakeREPL:
             )
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The variable, as plain data or `Opaque`."""
+        """The variable, as plain data or `Opaque`. Raises as every backend does for what no variable can be called."""
+        checked_name(name)
         with self._turn():
             return _plain(self._globals[name]) if name in self._globals else default
 
     def set(self, name: str, value: Any) -> None:
         """Give a variable a value."""
+        checked_name(name)
         if callable(value):
             raise TypeError("set() takes plain data; use bind() for a function")
         with self._turn():
@@ -147,6 +150,7 @@ class FakeREPL:
 
     def bind(self, name: str, target: Any, *, inline: bool = False, errors: tuple[type[BaseException], ...] = ()) -> None:
         """Put ``target`` under ``name``; a function is wrapped as the contract says, an object is itself."""
+        checked_name(name)
         with self._turn():
             self._bindings[name] = self._globals[name] = self._bound(name, target, errors)
 
@@ -234,10 +238,17 @@ class FakeREPL:
 
     def _session_names(self) -> dict[str, str]:
         return {
-            name: f"{type(value).__name__}: {repr(value)[:80]}"
+            name: _summary(value)
             for name, value in self._globals.items()
             if name not in self._hidden and name not in self._bindings and not name.startswith("__")
         }
+
+
+def _summary(value: Any) -> str:
+    try:
+        return f"{type(value).__name__}: {repr(value)[:80]}"
+    except Exception:  # noqa: BLE001 - of a cell's class, or of a number with too many digits
+        return type(value).__name__
 
 
 class _Stream(io.StringIO):

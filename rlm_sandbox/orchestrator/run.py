@@ -358,6 +358,10 @@ class Run:
             raise _Rejected(f"{name} belongs to the REPL and is no answer. Assign the answer to a variable of your own.")
         try:
             value = repl.get(name, _MISSING)
+        except ValueError:  # None, True, a name with two underscores: nothing a session can have under that name
+            raise _Rejected(
+                f"{name[:100]} cannot be the name of a variable of yours. Assign the answer to one, or write FINAL: and the text."
+            ) from None
         except (GuestError, LimitExceeded, GuestCrashed, ProtocolViolation) as exc:
             self._count_again(repl)
             raise _Rejected(f"{_called(name)} cannot be read ({type(exc).__name__}). Give a shorter text.") from exc
@@ -369,7 +373,10 @@ class Run:
             raise _Rejected(f"{_called(name)} holds an object ({value.type_name[:100]}) and no text. Use FINAL(str({name})).")
         if value is None or value == "":
             raise _Rejected(f"{_called(name)} is empty.")
-        return value if isinstance(value, str) else str(value)
+        try:
+            return value if isinstance(value, str) else str(value)
+        except ValueError:  # Python writes no more than 4,300 digits
+            raise _Rejected(f"{_called(name)} has too many digits to be written. Give a shorter text.") from None
 
     def _best_answer(self, repl: REPLProtocol, reason: StopReason) -> str:
         """What to return at a limit. Where replies ran out, and not tokens or time, the model is asked once more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -248,3 +249,10 @@ def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "rlm_sandbox", "--version"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0
     assert done.stdout.startswith("rlm-sandbox 0.")
+
+
+def test_a_shell_completes_backends() -> None:
+    asked = {"_RLM_SANDBOX_COMPLETE": "complete_bash", "COMP_WORDS": "rlm-sandbox run --backend ja", "COMP_CWORD": "3"}
+    command = [sys.executable, "-c", "from rlm_sandbox.cli import app; app(prog_name='rlm-sandbox')"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env={**os.environ, **asked}, check=False)
+    assert done.stdout.split() == ["jail"], done.stderr

@@ -244,6 +244,14 @@ def test_only_the_beginning_of_a_flood_is_shown() -> None:
     assert shown.count("only the first 100 characters") == 1
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_only_the_beginning_of_endless_code_is_shown(terminal: bool) -> None:
+    code = "x = 1\n" * 100_000
+    shown = _show(CellStarted(step=1, cell=1, code=code), terminal=terminal)
+    assert "more characters]" in re.sub(r"\x1b\[[0-9;]*m", "", shown).replace("\n", " ")
+    assert shown.count("x") < 10_000
+
+
 def test_a_terminal_has_colours_and_a_bar() -> None:
     events = (
         CellStarted(step=1, cell=1, code="for x in y: pass"),

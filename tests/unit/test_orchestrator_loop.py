@@ -131,6 +131,12 @@ def test_ways_to_answer(reply: str, answer: str) -> None:
         ("FINAL:", "it is empty"),
         (cell("x = None") + "\nFINAL_VAR: x", "is empty"),
         (cell("x = object()") + "\nFINAL_VAR: x", "FINAL(str(x))"),
+        ("FINAL_VAR: None", "cannot be the name of a variable"),
+        ("FINAL_VAR: class", "cannot be the name of a variable"),
+        (cell("FINAL_VAR('__builtins__')"), "cannot be the name of a variable"),
+        (f"FINAL_VAR: {'x' * 1000}", "cannot be the name of a variable"),
+        (cell("x = 10**5000") + "\nFINAL_VAR: x", "too many digits"),
+        (cell("x = [10**5000]\nFINAL_VAR('x')"), "too many digits"),
     ],
 )
 def test_an_answer_that_cannot_be_taken_goes_back(reply: str, words: str) -> None:
