@@ -11,6 +11,7 @@ import asyncio
 import builtins
 import inspect
 import linecache
+import re
 import sys
 import traceback
 import types
@@ -50,6 +51,11 @@ _MAX_NAMES: Final = 5_000
 _MAX_NAME: Final = 200
 _MAX_SUMMARY: Final = 80
 _CELL: Final = "<cell "
+#: One line that begins like an assignment or an import, and has no second statement: it is one, or an error, and has nothing
+#: to echo. Compiled at once, which costs half as much as by way of a tree. Whatever else there is goes that way.
+_ECHOES_NOTHING: Final = re.compile(
+    r"(?:[A-Za-z_][A-Za-z_0-9.]*[ \t]*(?:[-+%&|^@]|\*\*?|//?|<<|>>)?=(?!=)|import[ \t]|from[ \t])[^;\r\n]*\n*\Z"
+)
 #: The directory or archive our own files were loaded from.
 _OWN_FILES: Final = __file__.rpartition("/runners/")[0]
 #: Bytes kept back for the moment after a MemoryError.
@@ -122,7 +128,7 @@ class GuestSession:
         message = load_message(header, _REQUESTS)
         self._calls.begin_cell()
         self._restore_reserve()
-        outcome, attachments = self._guarded(message, Decoder(attachments, allow_handles=True))
+        outcome, attachments = self._guarded(message, attachments)
         self._calls.end_cell()
         self._async_calls.end_cell()
         names = self._changed_names()
@@ -131,14 +137,17 @@ class GuestSession:
         except FrameTooLarge as exc:
             self._transport.send(Done(None, None, [TOO_LARGE, str(exc), ""], False, names), [])
 
-    def _guarded(self, message: Message, decoder: Decoder) -> tuple[_Outcome, list[Attachment]]:
+    def _guarded(self, message: Message, attachments: list[Attachment]) -> tuple[_Outcome, list[Attachment]]:
         """Serve with interrupts on, and encode what came of it; whatever guest code raises is the request's failure."""
-        encoder = Encoder(_opaque, max_bytes=self._calls.value_bytes)
         try:
             self._interruptible(True)
-            value, read, failure, unknown = self._serve(message, decoder)
+            value, read, failure, unknown = self._serve(message, attachments)
             _flush()
-            outcome: _Outcome = (encoder.encode(value), encoder.encode(read), failure, unknown)
+            encoded: list[Attachment] = []
+            if value is not None or read is not None:
+                encoder = Encoder(_opaque, max_bytes=self._calls.value_bytes)
+                value, read, encoded = encoder.encode(value), encoder.encode(read), encoder.attachments
+            outcome: _Outcome = (value, read, failure, unknown)
             self._interruptible(False)
         except ValueTooLarge as exc:
             self._interruptible(False)
@@ -149,7 +158,7 @@ class GuestSession:
         except BaseException as exc:  # noqa: BLE001 - every exception of guest code is a result
             self._interruptible(False)
             return (None, None, self._failure(exc), False), []
-        return outcome, encoder.attachments
+        return outcome, encoded
 
     def _failure(self, exc: BaseException) -> list[str]:
         if isinstance(exc, MemoryError):
@@ -164,12 +173,13 @@ class GuestSession:
             except MemoryError:
                 pass  # still at the limit
 
-    def _serve(self, message: Message, decoder: Decoder) -> tuple[Any, Any, list[str] | None, bool]:
+    def _serve(self, message: Message, attachments: list[Attachment]) -> tuple[Any, Any, list[str] | None, bool]:
         if isinstance(message, Exec):
-            return self._exec(message, decoder)
+            return self._exec(message)
         if isinstance(message, Get):
             value = self._names.get(message.name, _MISSING)
             return (None, None, None, True) if value is _MISSING else (value, None, None, False)
+        decoder = Decoder(attachments, allow_handles=True)
         if isinstance(message, SetValue):
             self._names[message.name] = decoder.decode(message.tree)
         elif isinstance(message, BindObject):
@@ -232,7 +242,7 @@ class GuestSession:
 
     # ---- cells
 
-    def _exec(self, message: Exec, decoder: Decoder) -> tuple[Any, Any, list[str] | None, bool]:
+    def _exec(self, message: Exec) -> tuple[Any, Any, list[str] | None, bool]:
         value, failure = None, None
         try:
             result = self.run_cell(message.code, f"{_CELL}{message.number}>")
@@ -256,6 +266,8 @@ class GuestSession:
         """Compile and run a cell. A setup that brings a policy of its own replaces this on the session."""
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)
         flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        if _ECHOES_NOTHING.match(source):
+            return self._evaluate(compile(source, name, "exec", flags, dont_inherit=True))
         tree: Any = compile(source, name, "exec", flags | ast.PyCF_ONLY_AST, dont_inherit=True)
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr):
@@ -294,10 +306,9 @@ class GuestSession:
             for name, value in list(self._names.items())
             if type(name) is str and name[:1] != "_" and given.get(name, _MISSING) is not value
         ]
-        return [
-            name if name.isascii() and len(name) <= _MAX_NAME else name[:_MAX_NAME].encode("utf-8", "replace").decode()
-            for name in names[:_MAX_NAMES]
-        ]
+        if len(names) <= _MAX_NAMES and all(map(str.isascii, names)) and max(map(len, names), default=0) <= _MAX_NAME:
+            return names
+        return [name[:_MAX_NAME].encode("utf-8", "replace").decode() for name in names[:_MAX_NAMES]]
 
     def _changed_names(self) -> list[str] | None:
         names = self._variables()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from .codec import MAX_ATTACHMENTS, Attachment, WireError
-from .frames import MAX_HEADER_BYTES, FrameTooLarge, dump_header, load_header
+from .frames import MAX_HEADER_BYTES, USUAL_HEADER, FrameTooLarge, dump_header, load_header
 
 __all__ = ("dump_string", "load_string", "pack_text", "unpack_text")
 
@@ -89,6 +89,8 @@ def dump_string(header: Any, attachments: Sequence[Attachment], *, max_chars: in
         FrameTooLarge: it is larger than ``max_chars``; nothing was sent.
         WireError: the header has lone surrogates outside an attachment.
     """
+    if not attachments and header == USUAL_HEADER and len(_USUAL_FRAME) <= max_chars:
+        return _USUAL_FRAME
     if len(attachments) > MAX_ATTACHMENTS:
         raise FrameTooLarge("the frame has more attachments than the protocol allows")
     head = dump_header(header).decode("utf-8")
@@ -115,6 +117,8 @@ def load_string(frame: str, *, max_chars: int) -> tuple[Any, list[Attachment]]:
     """
     if len(frame) > max_chars:
         raise FrameTooLarge("a frame is larger than the cap")
+    if frame == _USUAL_FRAME:
+        return USUAL_HEADER, []
     at = frame.find("\n", 0, _MAX_TABLE)
     if at < 0:
         raise WireError("a frame has no table")
@@ -142,3 +146,8 @@ def _length(digits: str) -> int:
     if not (0 < len(digits) <= _MAX_DIGITS and digits.isascii() and digits.isdigit()):
         raise WireError("a frame's table is malformed")
     return int(digits)
+
+
+_usual: Final = dump_header(USUAL_HEADER).decode()
+#: See `USUAL_HEADER`.
+_USUAL_FRAME: Final = f"{len(_usual)}\n{_usual}"

@@ -15,6 +15,9 @@ from wasmtime.component import Func
 __all__ = ("call_with_text", "on_epoch", "set_async_stack_size", "stopped", "tick")
 
 _CONTINUE: Final = 0
+#: Copying this much costs less than making a ctypes type of its length.
+_SHORT_BYTES: Final = 64 * 1024
+_Bytes: Final = ctypes.POINTER(ctypes.c_uint8)
 _Callback: Final = ctypes.CFUNCTYPE(
     ctypes.c_size_t,
     ctypes.POINTER(_ffi.wasmtime_context_t),
@@ -63,26 +66,18 @@ def call_with_text(function: Func, store: Store, text: str) -> str:
     Raises:
         WasmtimeError: it trapped.
     """
-    data = text.encode("utf-8")
+    data = text.encode("utf-8")  # lent: the engine only reads an argument, and it is ours until this returns
     argument = _ffi.wasmtime_component_val_t()
     argument.kind = _ffi.WASMTIME_COMPONENT_STRING
-    argument.of.string = _name(data)
+    argument.of.string.size = len(data)
+    argument.of.string.data = ctypes.cast(ctypes.c_char_p(data), _Bytes)
     result = _ffi.wasmtime_component_val_t()
-    try:
-        error = _ffi.wasmtime_component_func_call(
-            ctypes.byref(function._func), store._context(), ctypes.byref(argument), 1, ctypes.byref(result), 1
-        )
-        if error:
-            raise WasmtimeError._from_ptr(error)
-        return _text_of(result)
-    finally:
-        _ffi.wasmtime_component_val_delete(ctypes.byref(argument))
-
-
-def _name(data: bytes) -> Any:
-    vector = _ffi.wasm_byte_vec_t()
-    _ffi.wasm_byte_vec_new(ctypes.byref(vector), len(data), ctypes.cast(ctypes.c_char_p(data), ctypes.POINTER(ctypes.c_uint8)))
-    return vector
+    error = _ffi.wasmtime_component_func_call(
+        ctypes.byref(function._func), store._context(), ctypes.byref(argument), 1, ctypes.byref(result), 1
+    )
+    if error:
+        raise WasmtimeError._from_ptr(error)
+    return _text_of(result)
 
 
 def _text_of(value: Any) -> str:
@@ -90,6 +85,8 @@ def _text_of(value: Any) -> str:
         vector = value.of.string
         if not vector.size:
             return ""
+        if vector.size <= _SHORT_BYTES:
+            return ctypes.string_at(vector.data, vector.size).decode("utf-8")
         # Decoded where it is: a copy of the bytes would be one more of the guest's largest frame.
         return str(ctypes.cast(vector.data, ctypes.POINTER(ctypes.c_ubyte * vector.size)).contents, "utf-8")
     finally:
