@@ -243,6 +243,7 @@ def test_nothing_is_pickled(name: str) -> None:
 #: Where ``ctypes`` may be used, and what for.
 _CTYPES = {
     "backends.wasm._capi_unsafe": "calls of the engine's library that its package does not wrap",
+    "backends.wasm._stack_unsafe": "how large the stack is that a guest is about to run on",
     "confine._syscalls_unsafe": "raw system calls",
     "context.backing": "memory files, on Pythons that do not know them",
     "runners.mapped_text": "making a str over mapped memory",

@@ -246,6 +246,43 @@ def test_the_deadline_holds_in_every_session_at_once(open_wasm: OpenWasm) -> Non
     assert outcomes == ["limit"] * 8
 
 
+_SMALL_STACKS: Final = """
+import threading
+from rlm_sandbox import open_repl
+from rlm_sandbox.errors import BackendUnavailable
+
+start, times = threading.Thread.start, TIMES
+
+def interfere(thread):
+    global times
+    times -= thread.name.startswith("rlm-sandbox-wasm-cell")
+    if times >= 0:
+        threading.stack_size(256 * 1024)
+    start(thread)
+
+threading.Thread.start = interfere
+try:
+    with open_repl("wasm") as session:
+        print(session.exec("import json\\njson.loads('[' * 200000)").error.partition(":")[0])
+except BackendUnavailable as exc:
+    print(exc)
+"""
+
+
+@pytest.mark.parametrize(
+    ("times", "said"), [("1", "RecursionError"), ("1000000", "have no other thread call threading.stack_size()")]
+)
+def test_a_thread_with_a_small_stack_runs_no_guest(open_wasm: OpenWasm, times: str, said: str) -> None:
+    """HOST-521: the size of stacks is the process's, so another thread of the program can make ours small; recursion would end it all."""
+    import subprocess
+    import sys
+
+    source = _SMALL_STACKS.replace("TIMES", times)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert said in done.stdout
+
+
 def test_a_guest_that_is_still_running_is_not_entered_again(open_wasm: OpenWasm) -> None:
     """PROTO-521: what the session believes of a turn does not matter: the engine is for one thread at a time."""
     from rlm_sandbox.backends.wasm.instance import Instance

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rlm_sandbox import Context, Limits, REPLProtocol, UnsupportedLimit, open_repl
+from rlm_sandbox import Context, ExecResult, Limits, REPLProtocol, UnsupportedLimit, open_repl
 from rlm_sandbox.backends.wasm.session import WasmSession
 from rlm_sandbox.registry import load_backend
 
@@ -121,6 +124,54 @@ def test_the_callers_small_stack_does_not_matter() -> None:
         threading.stack_size(before)
     thread.join()
     assert outcomes == ["error"]
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_the_deadline_holds_after_a_long_host_call_on_any_thread(inline: bool) -> None:
+    """Longer than all of the limit, twice, on a thread that is not the main one: what is left of the limit is still kept to."""
+    results: list[ExecResult] = []
+
+    def use() -> None:
+        with open_repl("wasm", limits=Limits(time_seconds=0.4, wall_seconds=60)) as session:
+            session.bind("ask", lambda: time.sleep(0.5), inline=inline)
+            session.exec("kept = 1")
+            results.append(session.exec("ask()\nask()\nwhile True:\n    pass"))
+            results.append(session.exec("ask()\nask()\nimport time\ntime.sleep(40)"))
+            results.append(session.exec("ask()\nkept"))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join(60)
+    assert [result.outcome for result in results] == ["limit", "limit", "ok"]
+    assert all(result.limit is not None and result.limit.kind == "time_seconds" for result in results[:2])
+    assert results[2].value == "1"
+
+
+_FORKS = """
+import os
+from rlm_sandbox import SessionClosed, open_repl
+
+with open_repl("wasm") as session:
+    assert session.exec("1").ok  # the thread it ran on waits for its next job
+    child = os.fork()
+    if child == 0:
+        with open_repl("wasm") as own:
+            assert own.exec("2 + 2").value == "4"
+        try:
+            session.exec("1")
+        except SessionClosed:
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert session.exec("3").value == "3"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_process_that_was_forked_has_sessions_of_its_own() -> None:
+    """The threads of its parent do not exist in it."""
+    done = subprocess.run([sys.executable, "-c", _FORKS], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # ---- recovery by replay

@@ -3,46 +3,68 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
 from typing import Final
 
 from ...errors import BackendUnavailable
+from ._stack_unsafe import stack_bytes
 
 __all__ = ("STACK_BYTES", "run_in_cell_thread")
 
 #: Must exceed the engine's ``max_wasm_stack`` with room for the host functions a guest calls.
 STACK_BYTES: Final = 64 << 20
+#: What a C library may take of it for itself.
+_ROUNDING_BYTES: Final = 1 << 20
+#: How often a thread is started before it is given up that nobody else sets the size of stacks just then.
+_ATTEMPTS: Final = 5
 _IDLE_SECONDS: Final = 5.0
 
 log: Final = logging.getLogger("rlm_sandbox.wasm")
 
-_lock: Final = threading.Lock()
-_idle: Final[list[_CellThread]] = []
+
+class _CellThreads:
+    """The threads of one process."""
+
+    def __init__(self) -> None:
+        #: Those that wait for a job. Taking one out is a single step, so that nobody needs a lock.
+        self.idle: list[_CellThread] = []
+        self.starting = threading.Lock()
 
 
 class _CellThread:
-    def __init__(self) -> None:
+    def __init__(self, siblings: _CellThreads) -> None:
         self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        #: Whether the stack is as large as it was asked for, once it has been looked at.
+        self.started: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._siblings = siblings
 
     def run(self) -> None:
-        while True:
+        size = stack_bytes()
+        large = size is None or size >= STACK_BYTES - _ROUNDING_BYTES
+        self.started.put(large)
+        idle = self._siblings.idle
+        while large:
             try:
                 job = self.jobs.get(timeout=_IDLE_SECONDS)
             except queue.Empty:
-                with _lock:
-                    if self in _idle:
-                        _idle.remove(self)
-                        return
-                continue  # it was taken just now: its job is coming
+                try:
+                    idle.remove(self)
+                    return
+                except ValueError:
+                    continue  # it was taken just now: its job is coming
             try:
                 job()
             except Exception:  # the thread serves others
                 log.exception("a job of a cell thread raised")
             del job
-            with _lock:
-                _idle.append(self)
+            idle.append(self)
+
+
+#: By process: the threads of a process that forks do not exist in the other, and a lock they held is held for ever there.
+_processes: Final[dict[int, _CellThreads]] = {}
 
 
 def run_in_cell_thread(job: Callable[[], None]) -> None:
@@ -51,17 +73,32 @@ def run_in_cell_thread(job: Callable[[], None]) -> None:
     Raises:
         BackendUnavailable: no thread with such a stack can be made.
     """
-    with _lock:
-        thread = _idle.pop() if _idle else None
-    if thread is None:
-        thread = _CellThread()
-        _start(thread)
+    process = os.getpid()
+    threads = _processes.get(process) or _processes.setdefault(process, _CellThreads())
+    try:
+        thread = threads.idle.pop()
+    except IndexError:
+        thread = _started(threads)
     thread.jobs.put(job)
 
 
-def _start(thread: _CellThread) -> None:
-    # The size is the process's for every thread started meanwhile; a larger stack costs those only address space.
-    with _lock:
+def _started(threads: _CellThreads) -> _CellThread:
+    for _ in range(_ATTEMPTS):
+        thread = _CellThread(threads)
+        _start(thread, threads.starting)
+        if thread.started.get():
+            return thread
+    raise BackendUnavailable(
+        "wasm",
+        f"threads do not get the stack of {STACK_BYTES >> 20} MiB that is asked for",
+        "have no other thread call threading.stack_size() while sessions are used",
+    )
+
+
+def _start(thread: _CellThread, starting: threading.Lock) -> None:
+    # The size is the process's for every thread started meanwhile; a larger stack costs those only address space. Whoever sets
+    # another one meanwhile gives this thread a small stack, in which a guest's recursion would end the host: it looks itself.
+    with starting:
         try:
             before = threading.stack_size(STACK_BYTES)
             try:

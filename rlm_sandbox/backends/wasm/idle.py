@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -12,6 +13,8 @@ __all__ = ("IDLE_SECONDS", "IdleWork", "IdleWorker")
 
 #: A model thinks for longer between two cells, a loop over `exec` does not.
 IDLE_SECONDS: Final = 0.02
+
+log: Final = logging.getLogger("rlm_sandbox.wasm")
 
 
 class IdleWork(Protocol):
@@ -40,13 +43,27 @@ class IdleWorker:
                     self._thread.start()
 
     def _run(self) -> None:
+        waiting: list[weakref.ref[IdleWork]] = []
         while True:
-            reference = self._asked.get()
-            work = reference()
-            wait = 0.0 if work is None else work.busy_until - time.monotonic()
-            if work is not None and wait <= 0:
-                work.when_idle()
-            del work
-            if wait > 0:
-                time.sleep(min(wait, IDLE_SECONDS))
-                self._asked.put(reference)
+            if not waiting:
+                waiting.append(self._asked.get())
+            while not self._asked.empty():
+                waiting.append(self._asked.get())
+            # All of them are looked at, then one wait serves all: a busy session does not keep the others waiting.
+            waiting = [reference for reference in waiting if not _done(reference)]
+            if waiting:
+                time.sleep(IDLE_SECONDS / 2)
+
+
+def _done(reference: weakref.ref[IdleWork]) -> bool:
+    """Do it if its session is idle; whether nothing of it is left to do."""
+    work = reference()
+    if work is None:
+        return True
+    if work.busy_until > time.monotonic():
+        return False
+    try:
+        work.when_idle()
+    except Exception:  # the thread serves others
+        log.exception("work of an idle session failed")
+    return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from ...context import Context
 
@@ -66,50 +66,57 @@ class Entry:
         return _ENTRY_BYTES + sys.getsizeof(self.request) + self._told
 
 
+class _Kept(NamedTuple):
+    """An entry, with the guest's time and the bytes of all entries up to its end: asking costs the same after a thousand cells."""
+
+    entry: Entry
+    seconds: float
+    size: int
+
+
 class Journal:
     """The entries of one guest's life, in order."""
 
     def __init__(self) -> None:
-        self._entries: list[Entry] = []
-        #: The guest's time and the bytes up to each entry's end, so that asking costs the same after a thousand cells.
-        self._totals: list[tuple[float, int]] = []
+        #: One list: what interrupts the host between two steps may not leave it with half an entry.
+        self._kept: list[_Kept] = []
         self.complete = True
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._kept)
 
     def entry(self, position: int) -> Entry | None:
         """The entry at a position, None if there is none (any more)."""
         try:
-            return self._entries[position]
+            return self._kept[position].entry
         except IndexError:
             return None
 
-    def _total(self, position: int) -> tuple[float, int]:
-        return self._totals[position - 1] if position else (0.0, 0)
+    def _seconds(self, position: int) -> float:
+        return self._kept[position - 1].seconds if position else 0.0
+
+    def _size(self) -> int:
+        return self._kept[-1].size if self._kept else 0
 
     def seconds_since(self, position: int) -> float:
         """What the entries from a position on took the guest."""
-        return self._total(len(self._totals))[0] - self._total(position)[0]
+        return self._seconds(len(self._kept)) - self._seconds(position)
 
     @property
     def room(self) -> int:
         """How many bytes the next entry may take."""
-        return max(0, MAX_BYTES - self._total(len(self._totals))[1])
+        return max(0, MAX_BYTES - self._size())
 
     def drop_since(self, position: int) -> None:
         """Forget the entries from a position on: what they did is undone."""
-        del self._entries[position:], self._totals[position:]
+        del self._kept[position:]
 
     def add(self, entry: Entry) -> None:
         """Take a request that has ended. One that is too large makes the journal incomplete, and empties it."""
         if not self.complete:
             return
-        seconds, size = self._total(len(self._totals))
-        size += entry.size
         if entry.overflowed or entry.size > self.room:
             self.complete = False
             self.drop_since(0)
             return
-        self._entries.append(entry)
-        self._totals.append((seconds + entry.seconds, size))
+        self._kept.append(_Kept(entry, self._seconds(len(self._kept)) + entry.seconds, self._size() + entry.size))

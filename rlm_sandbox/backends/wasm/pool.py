@@ -8,6 +8,7 @@ entry of that request begins the journal of the session that takes the instance.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -25,6 +26,8 @@ from .journal import Entry
 from .peer import LivePeer, ReplayPeer
 
 __all__ = ("InstancePool",)
+
+log: Final = logging.getLogger("rlm_sandbox.wasm")
 
 #: Configured for a session, and bare for a recovery.
 _CONFIGURED: Final = 2
@@ -100,6 +103,8 @@ class InstancePool:
                     self._configured.append((instance, _record(instance, self._configuration)))
             except BackendUnavailable:
                 continue  # whoever needs one is told
+            except Exception:  # the thread serves every later session, too
+                log.exception("ready instances could not be made")
 
     def _make(self) -> Instance:
         instance = Instance(self._loaded)
