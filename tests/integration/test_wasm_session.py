@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -145,6 +146,54 @@ def test_the_deadline_holds_after_a_long_host_call_on_any_thread(inline: bool) -
     assert [result.outcome for result in results] == ["limit", "limit", "ok"]
     assert all(result.limit is not None and result.limit.kind == "time_seconds" for result in results[:2])
     assert results[2].value == "1"
+
+
+_INTERRUPTED = """
+import random, signal
+from rlm_sandbox import Limits, open_repl
+
+armed = False
+
+def interrupt(*_):
+    global armed
+    if armed:
+        armed = False
+        raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+random.seed(5)
+interrupts = 0
+with open_repl("wasm", limits=Limits(time_seconds=20)) as session:
+    session.bind("f", lambda n: n)
+    session.exec("log = []")
+    log = []
+    for n in range(90):
+        cell = ["log.append({n})", "f({n})\\nlog.append({n})", "log.append({n})\\nf({n})", "import os\\nos._exit(1)"][n % 4].format(n=n)
+        try:
+            armed = True
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 0.004))
+            result = session.exec(cell)
+            armed = False
+            assert result.state != "lost", result
+            done = result.outcome == "ok"
+            unknown = False
+        except KeyboardInterrupt:  # while the cell ran, or when it had ended
+            interrupts += 1
+            unknown = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        held = session.get("log")
+        assert held == log or ((unknown or done) and held == [*log, n]), (cell, held, log)
+        assert unknown or n % 4 == 3 or held == [*log, n], (cell, held, log)
+        log = held
+assert interrupts > 10, interrupts
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that signal")
+def test_ctrl_c_at_any_moment_ends_neither_the_host_nor_the_truth() -> None:
+    """What the engine does for the main thread is done on others: an exception of a signal handler's cannot pass through it."""
+    done = subprocess.run([sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
 
 
 _FORKS = """

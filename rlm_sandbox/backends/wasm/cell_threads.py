@@ -1,4 +1,8 @@
-"""Threads with a large stack, in which guests run: a guest's deep recursion must hit the engine's limit, not the host's."""
+"""Threads with a large stack, in which guests run: a guest's deep recursion must hit the engine's limit, not the host's.
+
+And the host's signal handlers run in none of them. A Ctrl-C that raises inside a function the engine calls cannot go through
+the engine, and one that raises while an engine's object is freed has it freed twice: both end the process.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 from ...errors import BackendUnavailable
 from ._stack_unsafe import stack_bytes
 
-__all__ = ("STACK_BYTES", "run_in_cell_thread")
+__all__ = ("STACK_BYTES", "in_cell_thread", "run_in_cell_thread")
+
+_T = TypeVar("_T")
 
 #: Must exceed the engine's ``max_wasm_stack`` with room for the host functions a guest calls.
 STACK_BYTES: Final = 64 << 20
@@ -31,7 +37,8 @@ class _CellThreads:
     def __init__(self) -> None:
         #: Those that wait for a job. Taking one out is a single step, so that nobody needs a lock.
         self.idle: list[_CellThread] = []
-        self.starting = threading.Lock()
+        #: Taken again by the same thread if a collection, just then, frees a session.
+        self.starting = threading.RLock()
 
 
 class _CellThread:
@@ -82,6 +89,30 @@ def run_in_cell_thread(job: Callable[[], None]) -> None:
     thread.jobs.put(job)
 
 
+def in_cell_thread(work: Callable[[], _T]) -> _T:
+    """What ``work`` returns or raises in such a thread. An interrupt of this one comes at once; ``work`` is done all the same.
+
+    Raises:
+        BackendUnavailable: no thread with such a stack can be made.
+    """
+    values: list[_T] = []
+    failures: list[BaseException] = []
+    ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def job() -> None:
+        try:
+            values.append(work())
+        except BaseException as exc:  # noqa: BLE001 - it is raised where it is waited for
+            failures.append(exc)
+        ended.put(None)
+
+    run_in_cell_thread(job)
+    ended.get()
+    if failures:
+        raise failures.pop()
+    return values.pop()
+
+
 def _started(threads: _CellThreads) -> _CellThread:
     for _ in range(_ATTEMPTS):
         thread = _CellThread(threads)
@@ -95,7 +126,7 @@ def _started(threads: _CellThreads) -> _CellThread:
     )
 
 
-def _start(thread: _CellThread, starting: threading.Lock) -> None:
+def _start(thread: _CellThread, starting: threading.RLock) -> None:
     # The size is the process's for every thread started meanwhile; a larger stack costs those only address space. Whoever sets
     # another one meanwhile gives this thread a small stack, in which a guest's recursion would end the host: it looks itself.
     with starting:

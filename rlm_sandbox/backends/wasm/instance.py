@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Final
 
@@ -9,7 +10,7 @@ from wasmtime import Store, WasmtimeError
 
 from ...errors import BackendUnavailable, UnsupportedLimit
 from . import _capi_unsafe as capi
-from .cell_threads import run_in_cell_thread
+from .cell_threads import in_cell_thread, run_in_cell_thread
 from .engine import LoadedEngine
 from .peer import LivePeer, ReplayPeer
 from .wasi import Surroundings, current
@@ -32,7 +33,7 @@ _REASONS: Final = {
 
 
 class Instance:
-    """A guest. Not thread-safe: one request at a time; it runs on a cell thread."""
+    """A guest. Not thread-safe: one request at a time; it is made, runs and ends on cell threads."""
 
     def __init__(self, loaded: LoadedEngine) -> None:
         """
@@ -93,6 +94,12 @@ class Instance:
     def discard(self) -> None:
         """Give its memory back: now, or when the request that still runs has ended. Nothing can be run in it any more."""
         self._discarded = True
+        if threading.current_thread() is threading.main_thread() and not sys.is_finalizing():
+            in_cell_thread(self._close)
+        else:
+            self._close()
+
+    def _close(self) -> None:
         if self._lock.acquire(blocking=False):
             try:
                 self._store.close()

@@ -19,6 +19,7 @@ from ...errors import BackendUnavailable
 from ...waiting import take, wait_until
 from ...wire.messages import Configure, Exec, Message, dump_message
 from ...wire.strings import dump_string
+from .cell_threads import in_cell_thread
 from .engine import LoadedEngine
 from .idle import IdleWorker
 from .instance import Instance
@@ -107,7 +108,7 @@ class InstancePool:
                 log.exception("ready instances could not be made")
 
     def _make(self) -> Instance:
-        instance = Instance(self._loaded)
+        instance = in_cell_thread(lambda: Instance(self._loaded))
         with self._recording:
             if not self._first:
                 self._first = [_record(instance, dump_string(dump_message(message), [], max_chars=1 << 20)) for message in _FIRST]
