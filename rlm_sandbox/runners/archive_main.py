@@ -14,7 +14,8 @@ def main() -> int:
         launcher = importlib.import_module("rlm_guest.runners.launcher")
         return int(launcher.main(*map(int, numbers)))
     if program == "zygote":
-        zygote = importlib.import_module("rlm_guest.runners.zygote")
+        with importlib.import_module("rlm_guest.runners.fork_hooks").lean_fork_hooks():
+            zygote = importlib.import_module("rlm_guest.runners.zygote")
         return int(zygote.main(*map(int, numbers)))
     if program == "inputs":
         inputs = importlib.import_module("rlm_guest.runners.inputs")
