@@ -12,6 +12,7 @@ set -euo pipefail
 BASE_TAG="rlm-sandbox-base:bookworm"
 state=/run/rlm-sandbox-docker
 suite=bookworm
+policy=/usr/sbin/policy-rc.d
 
 say() { echo "docker_engine: $*" >&2; }
 
@@ -22,10 +23,20 @@ install_packages() {
     command -v debootstrap >/dev/null || wanted+=(debootstrap)
     [[ ${#wanted[@]} -eq 0 ]] && return
     say "installing ${wanted[*]}"
+    # The package would start an engine that knows no gVisor; ours could not start beside it.
+    if [[ ! -e "$policy" ]]; then
+        trap 'rm -f "$policy"' EXIT
+        printf '#!/bin/sh\nexit 101\n' > "$policy"
+        chmod 755 "$policy"
+    fi
     apt-get update -qq
     if ! DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}" >&2; then
         # Not every release has gVisor; the engine works without it.
         DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends docker.io iptables debootstrap >&2
+    fi
+    if [[ -n "$(trap -p EXIT)" ]]; then
+        rm -f "$policy"
+        trap - EXIT
     fi
 }
 
