@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
 
 from .errors import SessionBusy, SessionClosed
 from .limits import Limits
@@ -85,7 +85,7 @@ class AsyncREPL:
         )  # fmt: skip
 
     @classmethod
-    async def from_pool(cls, pool: SessionPool, timeout_seconds: float | None = -1.0) -> Self:
+    async def from_pool(cls, pool: SessionPool, timeout_seconds: float | Literal["pool"] | None = "pool") -> Self:
         """A session of a pool: the arguments and errors of `SessionPool.open_repl`."""
         return await cls._opened(lambda: pool.open_repl(timeout_seconds))
 

@@ -22,7 +22,7 @@ import types
 import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 from .errors import PoolTimeout, SandboxError, SessionClosed
 from .limits import Limits
@@ -119,18 +119,18 @@ class SessionPool:
             filler.start()
             self._stock.wanted.set()
 
-    def open_repl(self, timeout_seconds: float | None = -1.0) -> REPLProtocol:
+    def open_repl(self, timeout_seconds: float | Literal["pool"] | None = "pool") -> REPLProtocol:
         """A session nobody has used: one that is ready, else a new one.
 
         Args:
-            timeout_seconds: how long to wait for a place; None for ever; by default the pool's own.
+            timeout_seconds: how long to wait for a place; None for ever; ``"pool"``, the default: as long as the pool's own.
 
         Raises:
             PoolTimeout: no place became free in time.
             SessionClosed: the pool is closed, or belongs to the process this one was forked from.
             BackendUnavailable: a new session had to be opened and could not be.
         """
-        timeout = self._timeout if timeout_seconds == -1.0 else _checked_timeout(timeout_seconds)
+        timeout = self._timeout if timeout_seconds == "pool" else _checked_timeout(timeout_seconds)
         self._check_open()
         return self._with_place(_LEVELS.get().get(self._key, 0), timeout, self._stock.take_or_make)
 

@@ -90,6 +90,9 @@ def test_a_full_pool_says_so_and_what_to_do(make_pool: Callable[..., SessionPool
         pool.open_repl(timeout_seconds=0.05)
     with pytest.raises(PoolTimeout):
         pool.open_repl(timeout_seconds=0)
+    for wrong in (-1, -1.0, float("nan"), float("inf")):  # not one of them means the pool's own
+        with pytest.raises(ValueError, match="a number of seconds, 0 or more"):
+            pool.open_repl(timeout_seconds=wrong)
     first.close()
     first.close()  # gives one place back, not two
     with pool.open_repl(timeout_seconds=5), pytest.raises(PoolTimeout):
