@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 from .errors import BackendUnavailable, UnsupportedLimit
 from .limits import Limits
 from .options import BackendOptions, DockerOptions, JailOptions, MontyOptions, RestrictedOptions, WasmOptions
-from .protocol import Capabilities, Grade, REPLProtocol
+from .protocol import Capabilities, Feature, Grade, REPLProtocol
 
 __all__ = (
     "AUTO_ORDER",
@@ -101,18 +101,32 @@ class _Entry:
     requires: str
     """The package whose absence makes the import fail, for the remedy; empty if none."""
     remedy: str
+    lacks: frozenset[Feature] = frozenset()
+    """What its default guest's language has not; its capabilities say the same, which a test checks."""
 
 
 # In alphabetical order, which a test checks.
 _BACKENDS: Final[dict[str, _Entry]] = {
     "docker": _Entry("rlm_sandbox.backends.docker", DockerOptions, "docker", "run: pip install 'rlm-sandbox[docker]'"),
     "jail": _Entry("rlm_sandbox.backends.jail", JailOptions, "", "use Linux 5.14 or newer, or another backend"),
-    "monty": _Entry("rlm_sandbox.backends.monty", MontyOptions, "pydantic_monty", "run: pip install 'rlm-sandbox[monty]'"),
-    "restricted": _Entry(
-        "rlm_sandbox.backends.restricted", RestrictedOptions, "RestrictedPython", "run: pip install 'rlm-sandbox[restricted]'"
+    "monty": _Entry(
+        "rlm_sandbox.backends.monty", MontyOptions, "pydantic_monty", "run: pip install 'rlm-sandbox[monty]'",
+        lacks=frozenset({
+            Feature.CPYTHON, Feature.INHERITANCE, Feature.GENERATORS, Feature.DEL, Feature.IMPORTS, Feature.THREADS,
+            Feature.INPUT_EOF, Feature.FILES, Feature.RAW_DESCRIPTORS,
+        }),
     ),
-    "wasm": _Entry("rlm_sandbox.backends.wasm", WasmOptions, "wasmtime", "run: pip install 'wasmtime==50.0.1'"),
-}
+    "restricted": _Entry(
+        "rlm_sandbox.backends.restricted", RestrictedOptions, "RestrictedPython", "run: pip install 'rlm-sandbox[restricted]'",
+        lacks=frozenset({
+            Feature.CPYTHON, Feature.ASYNC, Feature.TOP_LEVEL_AWAIT, Feature.THREADS, Feature.FILES, Feature.RAW_DESCRIPTORS,
+        }),
+    ),
+    "wasm": _Entry(
+        "rlm_sandbox.backends.wasm", WasmOptions, "wasmtime", "run: pip install 'wasmtime==50.0.1'",
+        lacks=frozenset({Feature.THREADS, Feature.FILES}),
+    ),
+}  # fmt: skip
 
 #: What ``auto`` tries, in this order. ``restricted`` is never here: it is no isolation.
 AUTO_ORDER: Final = ("jail", "wasm")
@@ -121,6 +135,11 @@ AUTO_ORDER: Final = ("jail", "wasm")
 def backend_names() -> tuple[str, ...]:
     """The names `open_repl` accepts, besides ``auto``."""
     return tuple(_BACKENDS)
+
+
+def backends_with(feature: Feature) -> tuple[str, ...]:
+    """The backends whose language has ``feature``, installed or not, without importing any: together that takes most of a second."""
+    return tuple(name for name, entry in _BACKENDS.items() if feature not in entry.lacks)
 
 
 def load_backend(name: str) -> Backend:

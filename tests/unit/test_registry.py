@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from rlm_sandbox import (
     BackendUnavailable,
     Capabilities,
+    Feature,
     Grade,
     JailOptions,
     Limits,
@@ -22,7 +24,7 @@ from rlm_sandbox import (
     registry,
 )
 from rlm_sandbox.options import BackendOptions
-from rlm_sandbox.registry import AUTO_ORDER, Availability, SessionConfig, load_backend
+from rlm_sandbox.registry import AUTO_ORDER, Availability, SessionConfig, backends_with, load_backend
 
 GRADED = (
     "time_seconds", "wall_seconds", "output_bytes", "host_calls", "value_bytes", "memory_mb", "processes", "disk_mb",
@@ -69,6 +71,26 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, backend: FakeBackend) ->
 def test_names_are_in_alphabetical_order() -> None:
     assert list(backend_names()) == sorted(backend_names())
     assert {"jail", "monty"} <= set(backend_names())
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_what_is_said_of_a_language_is_what_its_backend_declares(name: str) -> None:
+    try:
+        capabilities = load_backend(name).capabilities(SessionConfig())
+    except BackendUnavailable:
+        pytest.skip(f"a package of {name} is not installed")
+    assert {feature for feature in Feature if name not in backends_with(feature)} == {
+        feature for feature in Feature if not capabilities.has(feature)
+    }
+
+
+def test_who_has_a_feature_is_told_without_importing_anybody() -> None:
+    code = (
+        "import sys; from rlm_sandbox.registry import backends_with; from rlm_sandbox.protocol import Feature; "
+        "assert backends_with(Feature.GENERATORS) == ('docker', 'jail', 'restricted', 'wasm'); "
+        "sys.exit(any(name.startswith('rlm_sandbox.backends.') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=100).returncode == 0
 
 
 def test_auto_never_picks_what_is_no_isolation() -> None:

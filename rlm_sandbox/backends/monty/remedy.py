@@ -23,9 +23,8 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any, Final
 
-from ...errors import BackendUnavailable
 from ...protocol import Feature
-from ...registry import SessionConfig, backend_names, load_backend
+from ...registry import backends_with
 
 __all__ = ("missing_module", "remedy", "with_remedy")
 
@@ -84,18 +83,9 @@ _SAMPLES: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 
-@functools.cache
 def remedy(feature: Feature) -> str:
     """The sentence that ends an error about a feature this backend does not have."""
-    having = []
-    for name in backend_names():
-        try:
-            capabilities = load_backend(name).capabilities(SessionConfig())
-        except (BackendUnavailable, ImportError):
-            continue
-        if capabilities.has(feature):
-            having.append(name)
-    return f"use a backend whose capabilities list {feature.value!r}: {' or '.join(having) or 'none is installed'}"
+    return f"use a backend whose capabilities list {feature.value!r}: {' or '.join(backends_with(feature))}"
 
 
 def missing_module(name: str) -> str:
