@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from rlm_sandbox import (
     BackendUnavailable,
@@ -67,6 +68,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # What a shell runs in the background starts with Ctrl-C ignored; it is tested there, too.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # How long examples take says nothing about what they show, and on a loaded machine fails what is right.
+    settings.register_profile("rlm_sandbox", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("rlm_sandbox")
     unknown = [name for name in config.getoption("--backend") if name not in VARIANTS]
     if unknown:
         raise pytest.UsageError(f"--backend: there is no {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
@@ -176,6 +180,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             predicate, reason = mark.args
             if not predicate(capabilities):
                 item.add_marker(pytest.mark.skip(reason=f"{capabilities.backend}: {reason}"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What a backend makes once (compiled code, a copy of Python) is made now, and not in the time of the first test that uses it."""
+    for name in backend_names():
+        if any(name in item.nodeid for item in session.items):
+            _declared(name)
 
 
 @pytest.fixture(scope="session")

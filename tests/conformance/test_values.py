@@ -284,7 +284,7 @@ def shared(backend: str) -> Iterator[REPLProtocol]:
         yield repl
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(value=plain_values())
 def test_any_plain_value_round_trips(shared: REPLProtocol, value: Any) -> None:
     try:

@@ -145,15 +145,16 @@ STUCK: dict[str, Behaviour] = {
 def test_the_runs_time_ends_a_call_and_its_retries(fault: Behaviour) -> None:
     with FaultyServer(says(CELL), fault) as server:
         started = time.monotonic()
-        answer, trace = _run(server, policy=Policy(max_seconds=0.5), max_retries=100, timeout=100.0)
+        answer, trace = _run(server, policy=Policy(max_seconds=2), max_retries=100, timeout=100.0)
         took = time.monotonic() - started
-        asked = len(server.requests)
-        assert took < 2
+        assert took < 30  # and not the 100 s of the adapter
         assert (answer, trace.stop_reason, trace.verified) == ("42", "max_seconds", False)
         assert [cell.outcome for cell in trace.cells] == ["ok"]
         assert trace.finished is not None
         assert "did not answer in the" in (trace.finished.error or "")
-        time.sleep(0.15)
+        time.sleep(0.2)  # what was on its way when the run ended has arrived
+        asked = len(server.requests)
+        time.sleep(0.2)
         assert len(server.requests) == asked, "retries went on after the end of the run"
 
 
@@ -254,11 +255,12 @@ def test_sub_calls_end_with_their_cell(fault: Behaviour) -> None:
         rlm = RLM(_adapter(server, timeout=100.0, max_retries=100), repl_factory=FakeREPL, limits=Limits(wall_seconds=0.3))
         started = time.monotonic()
         answer, trace = rlm.run("q", "hay")
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 30  # and not the 100 s of the adapter
         assert answer == "42"
         assert [call.error for call in trace.subcalls] == ["the model did not answer in time"]
+        time.sleep(0.2)  # what was on its way when the cell ended has arrived
         asked = len(server.requests)
-        time.sleep(0.15)
+        time.sleep(0.2)
         assert len(server.requests) == asked, "retries went on after the end of the cell"
 
 
@@ -294,7 +296,7 @@ def fuzzed() -> Iterator[tuple[FaultyServer, list[bytes], OpenAIAdapter]]:
         yield server, bodies, _adapter(server, max_retries=0)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(body=_bodies | _json)
 def test_any_json_is_a_reply_or_an_adapter_error(fuzzed: tuple[FaultyServer, list[bytes], OpenAIAdapter], body: Any) -> None:
     _, bodies, adapter = fuzzed
@@ -359,7 +361,7 @@ def test_ctrl_c_ends_a_run_with_its_trajectory_complete(
         command = [sys.executable, "-c", textwrap.dedent(_INTERRUPTED), server.url, str(path), where, seconds]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
-            until = time.monotonic() + 20
+            until = time.monotonic() + 60
             asked = 2 if where == "jail" and "llm_query" not in replies[-1] else len(replies) + 1
             while len(server.requests) < asked or not path.exists() or path.read_text().count("cell_started") < len(replies):
                 assert time.monotonic() < until, "the run did not come to the point where it is interrupted"
@@ -368,14 +370,14 @@ def test_ctrl_c_ends_a_run_with_its_trajectory_complete(
             time.sleep(0.1)
             started = time.monotonic()
             os.kill(process.pid, signal.SIGINT)
-            _, stderr = process.communicate(timeout=10)
+            _, stderr = process.communicate(timeout=60)
             took = time.monotonic() - started
         finally:
             process.kill()
             process.wait()
     assert process.returncode == 77, stderr
     assert stderr == ""
-    assert took < 3
+    assert took < 40  # and not the 50 s that each of them would take
     events = [json.loads(line) for line in path.read_text().splitlines()]
     kinds = [event["event"] for event in events]
     end = events[-1]

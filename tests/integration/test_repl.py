@@ -118,13 +118,13 @@ def test_on_a_terminal(terminal: _Terminal, tmp_path: Path) -> None:
     terminal.type("\x03")
     terminal.wait_for("interrupted")
     terminal.wait_for("state kept")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     terminal.wait_for(">>>")
     terminal.type("needl\t + 1\r")
     terminal.wait_for("\n43")
     terminal.wait_for(">>>")
     terminal.type("\x04")
-    assert terminal.process.wait(10) == 0
+    assert terminal.process.wait(60) == 0
     history = tmp_path / ".local" / "state" / "rlm-sandbox" / "repl_history"
     assert "needle = 40 + 2" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0

@@ -21,9 +21,9 @@ from ..conftest import require_usable
 from ..escape.outside import wait_until
 from ..spares import living
 
-SMALL = Limits(memory_mb=64, disk_mb=4, time_seconds=30)
+SMALL = Limits(memory_mb=64, disk_mb=4, time_seconds=60)
 #: What a cancelled call promises (grace and recovery), and a loaded machine's share; far less than the cells would take.
-ENDS_SECONDS = 10.0
+ENDS_SECONDS = 40.0
 
 
 @pytest.fixture(scope="module", autouse=True)

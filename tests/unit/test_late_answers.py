@@ -44,18 +44,18 @@ def test_calls_that_no_thread_has_begun_are_dropped() -> None:
 
     def block() -> None:
         begun.set()
-        release.wait(10)
+        release.wait(60)
 
     pool.submit(call(block), lambda _: ended.set())
-    assert begun.wait(10)
+    assert begun.wait(60)
     for number in range(5):
         pool.submit(call(ran.append, number), lambda _: None)
     pool.drop_queued()
     release.set()
-    assert ended.wait(10)
+    assert ended.wait(60)
     last = threading.Event()
     pool.submit(call(ran.append, 9), lambda _: last.set())
-    assert last.wait(10)
+    assert last.wait(60)
     pool.close()
     assert ran == [9]
 
@@ -68,7 +68,7 @@ def test_an_idle_thread_keeps_nothing_of_its_last_call() -> None:
     argument = Argument()
     alive = weakref.ref(argument)
     pool.submit(call(lambda _: None, argument), lambda _: ended.set())
-    assert ended.wait(10)
+    assert ended.wait(60)
     del argument
     pool.submit(call(lambda: None), lambda _: None)
     for _ in range(100):
@@ -93,5 +93,5 @@ def test_a_process_without_threads_fails_the_call_and_nothing_else(monkeypatch: 
     assert outcomes == [CallFailed("HostCallError", "f failed")]
     done = threading.Event()
     pool.submit(call(lambda: 1), lambda _: done.set())
-    assert done.wait(10)
+    assert done.wait(60)
     pool.close()

@@ -47,8 +47,8 @@ def test_a_search_can_be_cancelled_and_the_next_one_works() -> None:
         start = time.monotonic()
         with pytest.raises(RuntimeError, match="simpler"):
             search.call("find", ("(a|aa)+$",), {"regex": True})
-        assert time.monotonic() - start < 5
-        timer.join()
+        assert time.monotonic() - start < 60  # the search itself would take years
+        timer.join(60)
         assert search.call("find", ("b",), {"regex": True}) == [(5_000, 5_001, "b")]
     finally:
         search.close()

@@ -41,7 +41,7 @@ def worker_pid(repl: REPLProtocol) -> int:
     return pid
 
 
-def gone(pid: int, seconds: float = 10.0) -> bool:
+def gone(pid: int, seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -223,15 +223,15 @@ def test_a_pool_whose_workers_all_run_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(pool, "OPEN_SECONDS", 0.1)
     options = MontyOptions(max_processes=1)
     started = threading.Event()
-    with open_repl("monty", options=options, limits=Limits(time_seconds=5)) as busy:
+    with open_repl("monty", options=options, limits=Limits(time_seconds=60)) as busy:
         busy.bind("begun", started.set)
         thread = threading.Thread(target=busy.exec, args=("begun()\nwhile True: pass",))
         thread.start()
-        started.wait(10)
+        started.wait(60)
         with pytest.raises(PoolTimeout, match="max_processes=2"):
             open_repl("monty", options=options)
         busy.interrupt()
-        thread.join(10)
+        thread.join(60)
     with open_repl("monty", options=options) as repl:
         assert repl.exec("1").value == "1"
 
@@ -240,7 +240,7 @@ def test_a_spare_worker_that_died_is_not_given_out() -> None:
     options = MontyOptions(max_processes=3)
     with open_repl("monty", options=options) as repl:
         spares = repl._slot.pool._spares[True]  # type: ignore[attr-defined]
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not spares and time.monotonic() < deadline:
             time.sleep(0.01)
         spare = spares[0]
@@ -336,7 +336,7 @@ def test_a_catastrophic_pattern_does_not_hold_up_other_threads() -> None:
             time.sleep(0.005)
             worst = max(worst, time.monotonic() - start)
 
-    with open_repl("monty", limits=Limits(time_seconds=1)) as repl, open_repl("monty") as other:
+    with open_repl("monty", limits=Limits(time_seconds=4)) as repl, open_repl("monty") as other:
         repl.bind("ctx", Context.from_text("a" * 5_000 + "b"))
         thread = threading.Thread(target=tick)
         thread.start()
@@ -349,4 +349,4 @@ def test_a_catastrophic_pattern_does_not_hold_up_other_threads() -> None:
         done.set()
         thread.join()
     assert answers > 10
-    assert worst < 0.5, "a match that held the interpreter's lock would take the whole second"
+    assert worst < 3, "a match that held the interpreter's lock would take all of the four seconds"

@@ -423,7 +423,8 @@ def test_a_session_that_is_dropped_frees_its_worker(monkeypatch: pytest.MonkeyPa
 # ---- Ctrl-C
 
 
-def test_a_host_interrupt_ends_the_cell_and_not_the_session(repl: REPLProtocol) -> None:
+def test_a_host_interrupt_ends_the_cell_and_not_the_session(open_monty: Callable[..., REPLProtocol]) -> None:
+    repl = open_monty(time_seconds=60)
     repl.exec("x = 5")
     repl.get("x")
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
@@ -431,7 +432,7 @@ def test_a_host_interrupt_ends_the_cell_and_not_the_session(repl: REPLProtocol) 
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         repl.exec("while True: pass")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 40
     timer.join()
     result = repl.exec("x")
     assert (result.value, result.state) == ("5", "kept")

@@ -26,7 +26,7 @@ from rlm_sandbox.runners.multiplex import (
     StreamFailed,
 )
 
-PATIENCE = 5.0
+PATIENCE = 30.0
 
 
 class SocketStream:

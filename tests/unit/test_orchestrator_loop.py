@@ -331,7 +331,7 @@ def test_run_time_ends_a_cell_that_waits_for_sub_calls() -> None:
 
 def test_a_sub_call_that_outlives_its_cell_is_abandoned() -> None:
     def stuck(prompt: str) -> str:
-        release.wait(5)
+        release.wait(60)
         return "late"
 
     release = threading.Event()
@@ -349,7 +349,7 @@ def test_a_sub_call_that_outlives_its_cell_is_abandoned() -> None:
 
 def test_run_time_ends_a_model_call() -> None:
     def stuck(prompt: str) -> str:
-        release.wait(5)
+        release.wait(60)
         return "FINAL: too late"
 
     release = threading.Event()

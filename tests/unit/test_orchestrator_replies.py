@@ -155,7 +155,7 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(PIECES, max_size=60).map("".join) | st.text(max_size=200))
 def test_any_text_is_a_reply(text: str) -> None:
     reply = parse_reply(text)

@@ -90,7 +90,7 @@ def test_piped_text_is_cut_into_cells(text: str, cells: list[str]) -> None:
 def test_a_long_text_is_cut_in_good_time() -> None:
     started = time.monotonic()
     assert split_cells("s = '''\n\n" + "x\n\n" * 200_000)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60  # one pass over the lines; a quadratic one takes hours
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ class _Endless(FakeREPL):
             return ExecResult(outcome="ok", value="'went on'")
         # Ctrl-C, as the terminal sends it: to the process, whose main thread gets the exception.
         os.kill(os.getpid(), signal.SIGINT)
-        assert self.stopped.wait(5)
+        assert self.stopped.wait(60)
         return ExecResult(outcome="interrupted", state="restored")
 
     def interrupt(self) -> None:

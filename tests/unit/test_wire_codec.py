@@ -26,7 +26,7 @@ def crossed(value: Any, **kwargs: Any) -> Any:
     return Decoder(encoder.attachments).decode(tree)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(plain_values())
 def test_plain_values_cross_exactly(value: Any) -> None:
     assert same(crossed(value), value)
@@ -350,7 +350,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tree=_JSON, attachments=st.lists(st.text(max_size=3) | st.binary(max_size=3), max_size=3), handles=st.booleans())
 def test_any_tree_decodes_or_is_a_wire_error(tree: Any, attachments: list[str | bytes], handles: bool) -> None:
     try:

@@ -61,7 +61,7 @@ _HEADERS = st.recursive(
 _ATTACHMENTS = st.lists(st.binary(max_size=40) | st.text(st.characters(codec=None, exclude_categories=()), max_size=20), max_size=4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(header=_HEADERS, attachments=_ATTACHMENTS, step=st.sampled_from([None, 1, 3]))
 def test_frames_round_trip_however_the_bytes_come(header: Any, attachments: list[Attachment], step: int | None) -> None:
     data = frame(header, attachments)
@@ -117,7 +117,7 @@ def test_oversize_attachments_are_refused_from_the_table(lengths: list[int]) -> 
         reader.feed(b"".join(struct.pack("<BQ", 0, length) for length in lengths))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=200))
 def test_a_reader_never_wants_more_than_the_cap(data: bytes) -> None:
     reader = FrameReader(max_bytes=500)
@@ -198,14 +198,14 @@ def test_a_long_integer_is_refused_even_where_python_would_parse_it(monkeypatch:
     assert list(read_all(raw_frame(b"-9007199254740992"))) == [(-(1 << 53), [])]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.binary(max_size=120), header=st.sampled_from([b"", raw_frame(b'["x",1]', ((1, b"t"),))[:12]]))
 def test_any_bytes_are_frames_or_a_wire_error(data: bytes, header: bytes) -> None:
     with contextlib.suppress(WireError):
         list(read_all(header + data))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_flipped_byte_is_a_frame_or_a_wire_error(data: st.DataObject) -> None:
     original = bytearray(frame(["done", ["a", 0], {"k": 1.5}], ["text é", b"\x00\x01"]))

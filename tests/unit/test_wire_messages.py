@@ -108,7 +108,7 @@ def test_only_what_may_come_now_is_read() -> None:
             load_message(header, expected)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     op=st.sampled_from([*SCHEMA, "?"]),
     values=st.lists(
