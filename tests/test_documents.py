@@ -13,6 +13,7 @@ import pytest
 
 from rlm_sandbox import backend_names
 from rlm_sandbox.cli import app
+from rlm_sandbox.diagnosis.jail_layers import LAYERS
 from rlm_sandbox.registry import load_backend
 
 from .conftest import require_usable
@@ -180,3 +181,17 @@ def test_fragments_are_of_a_known_kind() -> None:
         if path.name != "README.md":
             assert re.fullmatch(rf"\d+(\.\w+)?\.({'|'.join(kinds)})\.md", path.name), f"{path.name}: choose from {kinds}"
             assert path.read_text("utf-8").strip()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "doctor").glob("*.txt")), ids=lambda path: path.stem)
+def test_the_doctors_recordings_are_of_today(path: Path) -> None:
+    """Every backend and every layer that the command looks at: if one is missing, run scripts/record_doctor.py."""
+    text = path.read_text("utf-8")
+    parts = re.split(r"^(\w+)\n\n", text.partition("\nWhat to do\n")[0], flags=re.MULTILINE)
+    found: dict[str, str] = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert list(found) == list(backend_names())
+    said = [
+        line[11:33].strip() for line in found["jail"].splitlines() if line.startswith((" PASS", " FAIL", " SKIPPED", " CAUTION"))
+    ]
+    assert said[: len(LAYERS)] == [layer.name for layer in LAYERS]
+    assert re.search(r"\nexit status 0\n\Z", text)

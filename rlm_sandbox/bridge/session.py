@@ -16,9 +16,10 @@ from ..limits import Limits
 from ..protocol import Capabilities
 from ..registry import SessionConfig
 from ..results import ExecResult, OutputChunk, State, Usage
-from ..wire.codec import Attachment, Encoder, ValueRefused
+from ..wire.codec import Attachment, Encoder
 from ..wire.frames import FrameTooLarge
 from ..wire.messages import BindObject, Configure, Exec, Get, Message, Names, ReadFile, SetValue
+from .arguments import as_source, checked_read, sendable
 from .capture import Capture
 from .exchange import TurnEnd, shown
 from .guest import Death, GuestLost
@@ -188,16 +189,11 @@ class Session(abc.ABC):
         on_output: Callable[[OutputChunk], None] | None = None,
     ) -> ExecResult:
         """See `REPLProtocol.exec`."""
-        if not isinstance(code, str):
-            raise TypeError(f"exec() takes source code as a str, not {type(code).__name__}")
-        if isinstance(read, str):
-            raise TypeError(f"exec(read=...) takes a tuple of names, not one string; write ({read!r},)")
-        names = [checked_name(name) for name in read]
+        names = checked_read(code, read)
         narrowed = self._limits.narrowed(limits)
-        source = code.encode("utf-8", "backslashreplace").decode()  # lone surrogates are not source code
         self._enter_call()
         try:
-            return self._exec(source, names, narrowed, on_output)
+            return self._exec(as_source(code), names, narrowed, on_output)
         finally:
             self._leave_call()
 
@@ -210,13 +206,8 @@ class Session(abc.ABC):
     def set(self, name: str, value: Any) -> None:
         """See `REPLProtocol.set`."""
         checked_name(name)
-        if callable(value):
-            raise TypeError(f"set() sends plain data; to make {name} callable in the guest use bind({name!r}, ...)")
         encoder = Encoder(max_bytes=self._limits.value_bytes)
-        try:
-            tree = encoder.encode(value)
-        except ValueRefused as exc:
-            raise UnsendableValue(f"{name} cannot be sent: {exc}; send plain data or bind(expose(...))") from None
+        tree = sendable(name, value, encoder.encode)
         with self._call():
             self._plain_turn(SetValue(name, tree), encoder.attachments)
             self._changed()
@@ -453,8 +444,7 @@ class Session(abc.ABC):
     # ---- bindings
 
     def _configure(self) -> None:
-        setup = self._config.setup.encode("utf-8", "backslashreplace").decode()  # lone surrogates are not source code
-        self._plain_turn(Configure(self._limits.output_bytes, self._limits.value_bytes, setup))
+        self._plain_turn(Configure(self._limits.output_bytes, self._limits.value_bytes, as_source(self._config.setup)))
 
     def _bind(self, name: str, binding: Binding) -> None:
         if self._bind_text(name, binding.target):

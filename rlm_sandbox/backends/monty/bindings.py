@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...binding import Exposed
+from ...bridge.arguments import sendable
 from ...bridge.names import checked_name
 from ...context import Context, WholeText
-from ...errors import LimitExceeded, UnsendableValue
+from ...errors import LimitExceeded
 from ...wire.codec import ValueRefused
 from . import values
 from .host_calls import HostDoor
@@ -60,12 +60,7 @@ class Bindings:
             TypeError: it has to be bound.
             UnsendableValue: it cannot cross exactly.
         """
-        if isinstance(value, Context | Exposed | WholeText) or callable(value):
-            raise TypeError(f"set() takes plain data; use bind({name!r}, ...) for functions and objects")
-        try:
-            return self.door.value(value)
-        except ValueRefused as exc:
-            raise UnsendableValue(f"{name} cannot be set: {exc}; send plain data, or bind an object with expose()") from None
+        return sendable(name, value, self.door.value)
 
     def check_text(self, target: Any) -> None:
         """Refuse a whole text that has to cross now and cannot.

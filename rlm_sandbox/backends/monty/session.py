@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 
 import pydantic_monty as monty
 
+from ...bridge.arguments import checked_read
 from ...bridge.host_pool import HostPool
 from ...bridge.names import checked_name
 from ...errors import (
@@ -136,11 +137,7 @@ class MontySession:
         on_output: Callable[[OutputChunk], None] | None = None,
     ) -> ExecResult:
         """See `REPLProtocol.exec`."""
-        if not isinstance(code, str):
-            raise TypeError(f"exec() takes source code as a str, not {type(code).__name__}")
-        if isinstance(read, str):
-            raise TypeError(f"exec(read=...) takes a tuple of names, not one string; write ({read!r},)")
-        wanted = tuple(checked_name(name) for name in read)
+        wanted = tuple(checked_read(code, read))
         narrowed = self._limits.narrowed(limits)
         with self._entered():
             self._cells += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,15 +11,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
 
-from ...binding import Exposed
+from ...bridge.arguments import as_source, checked_read, sendable
 from ...bridge.capture import Capture
 from ...bridge.handles import HostCall, plain_copy
 from ...bridge.handles import Outcome as CallOutcome
 from ...bridge.host_pool import HostPool
 from ...bridge.names import checked_name
 from ...bridge.verdict import from_guest
-from ...context import Context, WholeText
-from ...errors import GuestError, LimitExceeded, SessionBusy, SessionClosed, UnsendableValue
+from ...errors import GuestError, LimitExceeded, SessionBusy, SessionClosed
 from ...limits import Limits
 from ...protocol import Capabilities
 from ...registry import SessionConfig
@@ -147,15 +147,10 @@ class RestrictedSession:
         on_output: Callable[[OutputChunk], None] | None = None,
     ) -> ExecResult:
         """See `REPLProtocol.exec`."""
-        if not isinstance(code, str):
-            raise TypeError(f"exec() takes source code as a str, not {type(code).__name__}")
-        if isinstance(read, str):
-            raise TypeError(f"exec(read=...) takes a tuple of names, not one string; write ({read!r},)")
-        wanted = [checked_name(name) for name in read]
+        wanted = checked_read(code, read)
         narrowed = self._limits.narrowed(limits)
-        source = code.encode("utf-8", "backslashreplace").decode()  # lone surrogates are not source code
         with self._entered():
-            return self._exec(source, wanted, narrowed, on_output)
+            return self._exec(as_source(code), wanted, narrowed, on_output)
 
     def _exec(self, code: str, read: list[str], limits: Limits, on_output: Callable[[OutputChunk], None] | None) -> ExecResult:
         self._count += 1
@@ -274,12 +269,7 @@ class RestrictedSession:
     def set(self, name: str, value: Any) -> None:
         """See `REPLProtocol.set`."""
         checked_name(name)
-        if isinstance(value, Context | Exposed | WholeText) or callable(value):
-            raise TypeError(f"set() takes plain data; use bind({name!r}, ...) for functions and objects")
-        try:
-            copied = plain_copy(value, max_bytes=self._limits.value_bytes)
-        except ValueRefused as exc:
-            raise UnsendableValue(f"{name} cannot be set: {exc}; send plain data, or bind an object with expose()") from None
+        copied = sendable(name, value, functools.partial(plain_copy, max_bytes=self._limits.value_bytes))
         with self._entered():
             self._policy.names[name] = copied
 
@@ -345,7 +335,7 @@ class RestrictedSession:
         self._sources = {"<setup>": self._config.setup}
         self._count = 0
         if self._config.setup:
-            setup = self._config.setup.encode("utf-8", "backslashreplace").decode()
+            setup = as_source(self._config.setup)
             self._plain(lambda: self._policy.run(setup, "<setup>"))
         self._given.update(names)
         for name, bound in self._bindings.items():
