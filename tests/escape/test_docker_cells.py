@@ -16,7 +16,7 @@ from typing import Any, Final
 import psutil
 import pytest
 
-from rlm_sandbox import BackendUnavailable, DockerOptions, Limits, REPLProtocol, open_repl
+from rlm_sandbox import BackendUnavailable, Context, DockerOptions, Limits, REPLProtocol, open_repl
 from rlm_sandbox.registry import Availability, load_backend
 
 from ..conftest import require_usable
@@ -247,3 +247,36 @@ def test_a_forged_report_of_the_supervisor_is_not_believed(
     assert result.state in ("restored", "lost")
     assert following.value == ("41" if "lost" not in (result.state, following.state) else "'gone'")
     processes.assert_quiet(runtime)
+
+
+_SEARCH: Final = """
+import os
+seen = []
+for top in ("/tmp", "/ctx", "/dev", "/proc", "/var", "/run"):
+    for folder, folders, files in os.walk(top):
+        if top == "/proc" and folder.count("/") > 2:
+            folders.clear()
+        for name in files:
+            seen.append(f"{folder}/{name}")
+            if top in ("/tmp", "/ctx") or name in ("cmdline", "environ", "maps", "mountinfo"):
+                try:
+                    with open(f"{folder}/{name}", "rb") as file:
+                        seen.append(file.read(1 << 20).decode("latin-1"))
+                except OSError:
+                    pass
+found = [token in item for item in seen]
+len(seen) > 100, sum(found)
+"""
+
+
+def test_a_session_finds_nothing_of_another(repl: REPLProtocol, processes: ContainerProcesses, runtime: str | None) -> None:
+    """Files, contexts, processes and shared memory of a session that runs beside it."""
+    token = os.urandom(12).hex()
+    repl.set("token", token)
+    repl.bind("ctx", Context.from_text(token * 100))
+    assert repl.exec("open('/tmp/' + token, 'w').write(token * 100)\nctx.len_chars()").value == "2400"
+    assert repl.exec(_SEARCH).value != "(True, 0)"  # the search finds what is there
+    with open_repl("docker", limits=replace(SMALL, time_seconds=10.0), options=DockerOptions(runtime=runtime)) as other:
+        other.set("token", token)
+        searched = other.exec(_SEARCH)
+        assert (searched.outcome, searched.value) == ("ok", "(True, 0)"), searched.error
