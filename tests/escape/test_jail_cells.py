@@ -186,6 +186,34 @@ ATTACKS: Final = (
         _DIED,
         RESTORED,
     ),
+    Attack("RUN-015", "raise in the tracer of the runner", "import sys\ndef trace(*a): raise RuntimeError('traced')\nsys.settrace(trace)", ("error",), after=SURVIVED),
+    Attack(
+        "RUN-016", "lie with the lines of a traceback",
+        "import linecache\nlinecache.cache['<cell 1>'] = (1, None, ['x'] * 10**6, 'x')\nlinecache.getlines = lambda *a: 1 / 0\n1 / 0", ("error",),
+    ),
+    Attack(
+        "RUN-017", "raise what has no name and no class",
+        "class M(type):\n    def __getattribute__(cls, name): raise BaseException(name)\nclass E(BaseException, metaclass=M): pass\nraise E", ("error",),
+    ),
+    Attack(
+        "RUN-018", "show a text with methods of its own",
+        "class S(str):\n    __len__ = encode = __getitem__ = __iter__ = lambda self, *a: 1 / 0\nclass A:\n    def __repr__(self): return S('x')\nA()",
+        ("ok", "error"), SURVIVED,
+    ),
+    Attack("RUN-019", "raise in a callback of the collector", "import gc\ngc.callbacks.append(lambda *a: 1 / 0)\ngc.collect()"),
+    Attack("RUN-020", "close the way to the supervisor", "import os\nfor n in range(200, 256):\n    try: os.close(n)\n    except OSError: pass", after=SURVIVED),
+    Attack(
+        "RUN-021", "speak for the standby without end",
+        "import os, threading, socket\nbirth = socket.socket(fileno=os.dup(255))\nbirth.setblocking(False)\ndef speak():\n    while True:\n"
+        "        for word in (b'H', b'F', b'L'):\n            try: birth.send(word)\n            except OSError: pass\n"
+        "threading.Thread(target=speak, daemon=True).start()",
+        after=SURVIVED,
+    ),
+    Attack(
+        "RUN-022", "chain exceptions in a ring and in thousands",
+        "e = ValueError()\nfor i in range(3000):\n    n = ValueError(i)\n    n.__cause__, e = e, n\nf = ExceptionGroup('g', [e])\n"
+        "for i in range(3000): f = ExceptionGroup('g', [f])\nf.__cause__ = f\nraise f", ("error", "limit"), SURVIVED,
+    ),
 )  # fmt: skip
 
 

@@ -386,6 +386,7 @@ def test_the_whole_text_comes_on_first_use_only(open_monty: Callable[..., REPLPr
         ("x = 1\ndel x", "del"),
         ("import enum", "imports"),
         ("globals()", "cpython"),
+        ("@property\ndef f(): pass", "cpython"),
         ("x = '\\ud800'", "cpython"),
     ],
 )

@@ -58,6 +58,7 @@ _GAPS: Final = (
     ("TypeError: cannot convert 'tuple' object to bytes", Feature.CPYTHON),
     ("TypeError: cannot convert 'range' object to bytes", Feature.CPYTHON),
     ("TypeError: cannot create 'object' instances", Feature.CPYTHON),
+    ("TypeError: cannot create 'property' instances", Feature.CPYTHON),
     ("TypeError: first argument must be string or compiled pattern", Feature.CPYTHON),  # a bytes pattern
     ("ValueError: pow() 2nd argument cannot be negative when 3rd argument specified", Feature.CPYTHON),
     ("RuntimeError: Internal error in monty:", Feature.CPYTHON),
