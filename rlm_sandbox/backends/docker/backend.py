@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from ...bridge.framed import FramedSession
+from ...bridge.grades import ALL_HARD
 from ...errors import BackendUnavailable
 from ...options import BackendOptions, DockerOptions
-from ...protocol import Capabilities, Feature, Grade, REPLProtocol
+from ...protocol import Capabilities, Feature, REPLProtocol
 from ...registry import Availability, SessionConfig
 from .container import memory_mb
 from .contexts import sweep
@@ -45,18 +46,7 @@ class DockerBackend:
                 "a container without network, privileges or writable files, of an ordinary user, behind two seccomp allow-lists; "
                 f"{kernel}"
             ),
-            time_seconds=Grade.HARD,
-            wall_seconds=Grade.HARD,
-            output_bytes=Grade.HARD,
-            host_calls=Grade.HARD,
-            value_bytes=Grade.HARD,
-            memory_mb=Grade.HARD,
-            processes=Grade.HARD,
-            disk_mb=Grade.HARD,
-            session_seconds=Grade.HARD,
-            network=Grade.HARD,
-            crash=Grade.HARD,
-            interrupt=Grade.HARD,
+            **ALL_HARD,
             language=frozenset(Feature),
             soft_interrupt=True,
             recovery="standby" if config.recovery else "none",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Final
 
 from ...bridge.copying import CopyingSession
+from ...bridge.grades import ALL_HARD
 from ...confine import landlock
 from ...confine.places import GUEST_INPUT
 from ...errors import BackendUnavailable
 from ...options import BackendOptions, JailOptions
-from ...protocol import Capabilities, Feature, Grade, REPLProtocol
+from ...protocol import Capabilities, Feature, REPLProtocol
 from ...registry import Availability, SessionConfig
 from .cgroups import check_required, hierarchy, worst_memory_mb
 from .guest import JailGuest
@@ -57,18 +58,7 @@ class JailBackend:
                 "a Linux process without privileges in user, pid, mount, network, ipc and uts namespaces of its own, on a read-only "
                 "tree, behind a seccomp allow-list; the host's kernel is shared"
             ),
-            time_seconds=Grade.HARD,
-            wall_seconds=Grade.HARD,
-            output_bytes=Grade.HARD,
-            host_calls=Grade.HARD,
-            value_bytes=Grade.HARD,
-            memory_mb=Grade.HARD,
-            processes=Grade.HARD,
-            disk_mb=Grade.HARD,
-            session_seconds=Grade.HARD,
-            network=Grade.HARD,
-            crash=Grade.HARD,
-            interrupt=Grade.HARD,
+            **ALL_HARD,
             language=frozenset(Feature),
             soft_interrupt=True,
             recovery="standby" if config.recovery else "none",

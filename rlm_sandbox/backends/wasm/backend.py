@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ...bridge.grades import ALL_HARD
 from ...errors import BackendUnavailable
 from ...options import BackendOptions, WasmOptions
-from ...protocol import Capabilities, Feature, Grade, REPLProtocol
+from ...protocol import Capabilities, Feature, REPLProtocol
 from ...registry import Availability, Part, SessionConfig
 from .engine_version import check_engine
 
@@ -71,18 +72,7 @@ class WasmBackend:
                 "CPython compiled to WebAssembly, in an instance of its own inside this process: the engine checks every memory "
                 "access, and there is no system call to make"
             ),
-            time_seconds=Grade.HARD,
-            wall_seconds=Grade.HARD,
-            output_bytes=Grade.HARD,
-            host_calls=Grade.HARD,
-            value_bytes=Grade.HARD,
-            memory_mb=Grade.HARD,
-            processes=Grade.HARD,
-            disk_mb=Grade.HARD,
-            session_seconds=Grade.HARD,
-            network=Grade.HARD,
-            crash=Grade.HARD,
-            interrupt=Grade.HARD,
+            **ALL_HARD,
             language=frozenset(Feature) - _ABSENT,
             soft_interrupt=False,
             recovery="replay" if config.recovery else "none",
