@@ -320,7 +320,7 @@ def test_a_thread_that_outlives_its_cell_calls_nothing_between_cells(repl: REPLP
             "            pass\n        time.sleep(0.001)\nthreading.Thread(target=loop, daemon=True).start()\ntime.sleep(0.05)"
         )
     )
-    time.sleep(0.05)
+    time.sleep(0.5)  # calls that had begun have ended
     ended = time.monotonic()
     time.sleep(0.3)
     assert not [at for at in calls if at > ended]

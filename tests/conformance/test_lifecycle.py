@@ -354,13 +354,13 @@ def test_ctrl_c_ends_the_cell_is_raised_and_leaves_the_session_usable(repl: REPL
     never = threading.Event()
     repl.bind("f", never.wait)
     ok(repl.exec("kept = 41"))
-    # To the main thread, where the handler runs: as a terminal's Ctrl-C does.
+    # To the main thread, where the handler runs: as a terminal's Ctrl-C does. Begun by the cell: outside it would end the tests.
     main = threading.main_thread().ident
     assert main is not None
     timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
-    timer.start()
+    repl.bind("begun", timer.start)
     with pytest.raises(KeyboardInterrupt):
-        repl.exec(code)
+        repl.exec(f"begun()\n{code}")
     timer.join()
     assert run(repl, "x = kept + 1", "x") == 42
     never.set()

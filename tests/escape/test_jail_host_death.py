@@ -89,7 +89,7 @@ def test_nothing_outlives_the_host(state: tuple[str, str], how: signal.Signals |
         if how is not None:
             assert all(_alive(pid) for pid in below)
             host.send_signal(how)
-        host.wait(10)
+        host.wait(60)
         wait_until(lambda: not any(_alive(pid) for pid in below), "processes of a session outlived their host")
         if helper:
             assert _alive(helper), "the child was to live, or this shows nothing"

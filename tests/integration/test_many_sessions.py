@@ -132,8 +132,8 @@ class Holdings:
 
 
 def settled(before: Holdings) -> Holdings:
-    """The holdings once they have come down to those of before, or as they are after 10 s."""
-    until = time.monotonic() + 10
+    """The holdings once they have come down to those of before, or as they are after 60 s."""
+    until = time.monotonic() + 60
     while True:
         now = Holdings()
         if all(have <= had for have, had in zip(now.counts(), before.counts(), strict=True)) or time.monotonic() > until:

@@ -32,8 +32,6 @@ from rlm_sandbox import (
 from rlm_sandbox.orchestrator import AnswerRejected, CellOutput, CellStarted, Event, ModelReplied, RunFinished, RunStarted
 from rlm_sandbox.testing import FakeREPL
 
-from ..ctrl_c import unseen_ctrl_c
-
 FENCE = "`" * 3
 
 
@@ -385,45 +383,6 @@ def test_an_adapter_of_the_wrong_shape() -> None:
 
     with pytest.raises(AdapterError, match="returned a str and not a Completion"):
         RLM(Odd(), repl_factory=FakeREPL).run("q", "t")
-
-
-def test_ctrl_c_in_a_cell(tmp_path: Path) -> None:
-    class Interrupting(FakeREPL):
-        def exec(self, code: str, **options: Any) -> ExecResult:
-            super().exec(code, **options)
-            raise KeyboardInterrupt
-
-    scenario = Scenario(cell("print('seen so far')"), factory=Interrupting)
-    with pytest.raises(KeyboardInterrupt):
-        scenario.run()
-    kinds = [event.kind for event in scenario.events]
-    assert kinds[-3:] == ["cell_output", "cell_finished", "run_finished"] or kinds[-2:] == ["cell_finished", "run_finished"]
-    finished = scenario.events[-2]
-    assert finished.to_json()["outcome"] == "interrupted"
-    assert "seen so far" in finished.to_json()["stdout"]
-    assert scenario.end.stop_reason == "interrupted"
-    assert scenario.sessions[0]._closed
-
-
-def test_ctrl_c_while_the_model_thinks() -> None:
-    scenario = Scenario(KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        scenario.run()
-    assert scenario.end.stop_reason == "interrupted"
-
-
-def test_ctrl_c_that_does_not_end_the_wait_for_the_model_is_noticed_all_the_same() -> None:
-    never = threading.Event()
-
-    class Endless(FakeAdapter):
-        def complete(self, *_: Any, **__: Any) -> Completion:
-            press()
-            never.wait(120)
-            return Completion("late")
-
-    with unseen_ctrl_c() as press:
-        RLM(Endless([]), repl_factory=FakeREPL, policy=Policy(max_seconds=100)).run("q", "t")
-    never.set()
 
 
 def test_a_session_that_ends_gives_the_best_answer() -> None:
