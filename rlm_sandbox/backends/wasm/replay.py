@@ -26,8 +26,8 @@ __all__ = ("RECOVERY_SECONDS", "Replay")
 
 #: What a recovery may take; the cells' own limits do not count here.
 RECOVERY_SECONDS: Final = 1.9
-#: Once more than this is to be run again, by time or by number, the follower runs it as soon as the session is idle: so a
-#: recovery takes as long after the hundredth cell as after the tenth.
+#: Once more than this is to be run again, by time or by number, a follower is made as soon as the session is idle, and from then
+#: on runs every cell in the next idle moment: so a recovery takes as long after the hundredth cell as after the tenth.
 _FOLLOW_SECONDS: Final = 0.1
 _FOLLOW_ENTRIES: Final = 8
 #: Beyond this it does not wait for that.
@@ -47,6 +47,8 @@ class Replay:
         self.busy_until = 0.0
         self._follower: _Follower | None = None
         self._asked = False
+        #: What is to be run again is too much to wait for an idle moment.
+        self._pressing = False
         self._closed = False
         #: The idle worker starts followers, too.
         self._lock = threading.Lock()
@@ -58,20 +60,32 @@ class Replay:
 
     def cell_begins(self) -> None:
         """Nothing is done in the background while a cell runs, if it can wait."""
-        self.busy_until = math.inf
+        if not self._pressing:
+            self.busy_until = math.inf
 
     def follow(self) -> None:
-        """A request ended: have the follower catch up, if there is enough for it to do."""
-        self.busy_until = time.monotonic() + IDLE_SECONDS
+        """A request ended: have the follower catch up, if there is enough for it to do. Nothing is made or waited for here."""
+        follower = self._follower
+        follows = follower is not None and not follower.failed
         if self._behind(_PRESSING_SECONDS, _PRESSING_ENTRIES):
-            self._catch_up()
-        elif not self._asked and self._behind(_FOLLOW_SECONDS, _FOLLOW_ENTRIES):
+            if follows:
+                self._catch_up()
+            else:
+                self._pressing, self.busy_until = True, 0.0
+                self._ask()
+        elif not self._pressing:
+            self.busy_until = time.monotonic() + IDLE_SECONDS
+            if self._behind(_FOLLOW_SECONDS, 0 if follows else _FOLLOW_ENTRIES):
+                self._ask()
+
+    def _ask(self) -> None:
+        if not self._asked:
             self._asked = True
             self._instances.idle.ask(self)
 
     def when_idle(self) -> None:
         """On the idle worker's thread."""
-        self._asked = False
+        self._asked = self._pressing = False
         self._catch_up()
 
     def _behind(self, seconds: float, entries: int) -> bool:
