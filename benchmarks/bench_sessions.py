@@ -72,8 +72,8 @@ def opening(rounds: int) -> None:
     found: dict[str, list[float]] = {name: [] for name in (*openers, "pool hit")}
     with SessionPool("jail", 2, ready=2) as pool:
         for number in range(rounds + 1):
-            time.sleep(0.05)  # the pool refills
             for name, opener in (("pool hit", pool.open_repl), *openers.items()):
+                time.sleep(0.05)  # the pool refills: what it opens beside another opening would be measured, too
                 start = time.perf_counter()
                 opened = opener()
                 if number:
