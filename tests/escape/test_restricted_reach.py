@@ -53,7 +53,8 @@ objects = [
     collections.ChainMap(), collections.Counter(), collections.deque(), operator.itemgetter(1), operator.attrgetter('a'), time.gmtime(),
     ctx.find('needle'), ctx.metadata(), 'x'.format, str.format,
 ]
-kinds = [type(item) for item in [*objects, *errors, print, sum, len, sys, sys.stdout, type, ctx, llm_query, A, E, getattr, HostCallError]]
+aliases = (typing.List['x'], typing.Optional[int])
+kinds = [type(item) for item in [*[o for o in objects if not any(o is a or o == a for a in aliases)], *errors, print, sum, len, sys, sys.stdout, type, ctx, llm_query, A, E, getattr, HostCallError]]
 """  # fmt: skip
 _FORBIDDEN: Final = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType, types.CellType)
 #: Objects of this package that a cell holds on purpose: nothing of the host hangs on them by a name that a cell may say.
@@ -274,6 +275,11 @@ _WAYS: Final = {
     ),
     "format by a generic alias": "class S[T](str):\n    pass\nr = S[int].format('{0.__globals__}', llm_query)",
     "obj by super": "class E(AttributeError):\n    def reach(self):\n        return super().obj\nr = [E().reach, E().reach()]",
+    # An alias passes attributes on to what it is an alias of.
+    "obj by a generic alias": (
+        "import math\ntry:\n    math.nothing\nexcept AttributeError as e:\n    r = e\nr = type(list[int])(r, ()).obj"
+    ),
+    "obj by a bound method": "class E(AttributeError):\n    def __call__(self):\n        pass\nr = type(print)(E(), 1).obj",
     # The documentation of a dataclass is its signature, and the signature of a base that it has in words is evaluated in the host's modules.
     "a dataclass with a base's words for a signature": (
         "from dataclasses import dataclass\nclass A:\n    '''A(x=rlm_vault.KEY)\n--\n\n'''\n"
@@ -319,6 +325,8 @@ _COPIERS: Final = ("copy.copy(a)", "copy.deepcopy([a])", "dataclasses.asdict(D(a
         "N = type('N', (), {'__new__': lambda cls: target})\na = N()",
         "class R:\n    def __reduce__(self):\n        return (lambda: target, (), (None, change))\na = R()",
         "class R:\n    __slots__ = ('__reduce_ex__',)\na = R()",
+        "a = type(list[int])(lambda: target, ())()",
+        "import typing\nclass X(type(typing.List[int])):\n    pass\nx = X(list, int)\nx.__dict__['__origin__'] = lambda: target\na = x()",
         "a = A()\na.__reduce_ex__ = lambda protocol: (lambda: target, (), (None, change))",
         "a = A()\nsetattr(a, '__reduce_ex__', lambda protocol: (lambda: target, (), (None, change)))",
     ],

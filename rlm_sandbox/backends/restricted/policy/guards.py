@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 import types
+import typing
 from _string import formatter_field_name_split, formatter_parser  # type: ignore[import-not-found]
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -32,8 +33,10 @@ class TypeOf:
     def __call__(self, *args: Any) -> Any:
         if len(args) == 1:
             kind = type(args[0])
-            if kind is super:  # it would look beyond what the source of a cell may ask of super()
-                raise TypeError("super() has no type here")
+            if kind is super or issubclass(kind, _ALIASES):
+                # The one would look beyond what the source of a cell may ask of super(); the other, of whatever it is an alias of, passes
+                # attributes on and sets one of what that makes.
+                raise TypeError("super() and generic aliases have no type here")
             return self if issubclass(kind, type) else kind  # a metaclass would make classes by its own rules
         name, bases, namespace = args
         if type(name) is not str or type(bases) is not tuple or type(namespace) is not dict:
@@ -99,7 +102,7 @@ class Guards:
         elif name in GUARDED_ATTRIBUTES and not (name == "register" and is_guests(obj)):
             if name in ("format", "format_map"):
                 return self._format(obj, name) if type(obj) is str else self._formatting(getattr(obj, name, *default))
-            if name in ("mro", "register") or isinstance(obj, BaseException) or type(obj) is super:
+            if name in ("mro", "register") or isinstance(obj, BaseException) or type(obj) in _PASS_ON:
                 raise AttributeError(f"the attribute {name!r} leads out of the cell")
         return getattr(obj, name, *default)
 
@@ -253,6 +256,10 @@ class Guards:
             yield item
 
 
+#: Objects whose attributes are another's.
+_TYPING_ALIAS: Final[Any] = type(typing.List[int])  # noqa: UP006 - of this one's kind, which `list[int]` is not
+_ALIASES: Final = (types.GenericAlias, next(kind for kind in _TYPING_ALIAS.__mro__ if kind.__name__ == "_BaseGenericAlias"))
+_PASS_ON: Final = frozenset({super, types.MethodType, types.GenericAlias})
 _PLAIN_CLASSES: Final = frozenset({object, bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset})
 _FINITE: Final = frozenset({list, tuple, str, dict, set, frozenset, bytes, type({}.keys()), type({}.values()), type({}.items())})
 
