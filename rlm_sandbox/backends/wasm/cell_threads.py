@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from ...errors import BackendUnavailable
+from ...waiting import take
 from ._stack_unsafe import stack_bytes
 
 __all__ = ("STACK_BYTES", "in_cell_thread", "run_in_cell_thread")
@@ -107,7 +108,7 @@ def in_cell_thread(work: Callable[[], _T]) -> _T:
         ended.put(None)
 
     run_in_cell_thread(job)
-    ended.get()
+    take(ended)
     if failures:
         raise failures.pop()
     return values.pop()
@@ -117,7 +118,7 @@ def _started(threads: _CellThreads) -> _CellThread:
     for _ in range(_ATTEMPTS):
         thread = _CellThread(threads)
         _start(thread, threads.starting)
-        if thread.started.get():
+        if take(thread.started):
             return thread
     raise BackendUnavailable(
         "wasm",

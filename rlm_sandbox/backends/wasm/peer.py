@@ -164,7 +164,6 @@ class ReplayPeer:
         self._entry = entry
         self._answers = iter(entry.answers)
         self._suspensions = iter(entry.suspensions)
-        self.done = threading.Event()
         self.ended: str | None = None
 
     @property
@@ -180,7 +179,6 @@ class ReplayPeer:
 
     def end(self, frame: str | None, why: str | None) -> None:
         self.ended = frame
-        self.done.set()
 
     def _next(self, kind: type) -> Any:
         if self.must_stop:

@@ -16,7 +16,7 @@ from collections import deque
 from typing import Final
 
 from ...errors import BackendUnavailable
-from ...waiting import take, wait_until
+from ...waiting import take
 from ...wire.messages import Configure, Exec, Message, dump_message
 from ...wire.strings import dump_string
 from .cell_threads import in_cell_thread
@@ -108,15 +108,20 @@ class InstancePool:
                 log.exception("ready instances could not be made")
 
     def _make(self) -> Instance:
-        instance = in_cell_thread(lambda: Instance(self._loaded))
         with self._recording:
             if not self._first:
+                instance = in_cell_thread(lambda: Instance(self._loaded))
                 self._first = [_record(instance, dump_string(dump_message(message), [], max_chars=1 << 20)) for message in _FIRST]
                 return instance
+        return in_cell_thread(self._make_alike)
+
+    def _make_alike(self) -> Instance:
+        """On a cell thread, all of it: each switch of threads would cost as much as one of these requests."""
+        instance = Instance(self._loaded)
         for entry in self._first:
             peer = ReplayPeer(entry)
-            instance.start(entry.request, peer)
-            if not wait_until(peer.done.wait, _SECONDS) or not peer.matched:
+            instance.run(entry.request, peer)
+            if not peer.matched:
                 raise BackendUnavailable("wasm", "two instances of the guest did not start alike", "report this as a bug")
         return instance
 
