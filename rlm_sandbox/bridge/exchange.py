@@ -18,7 +18,7 @@ from ..wire.codec import MAX_ELEMENTS, MAX_JSON_INT, Attachment, Decoder, Encode
 from ..wire.frames import USUAL_HEADER, FrameTooLarge
 from ..wire.messages import FRAME_OVERHEAD, MAX_CALLS_PER_SUSPENSION, Done, Forget, Message, Resume, Suspend, load_message
 from .capture import Capture
-from .guest import Death
+from .guest import Death, GuestLost
 from .handles import HOST_CALL_ERROR, CallFailed, CallRefused, HandleTable, HostCall, Outcome, run_call
 from .host_pool import HostPool
 from .watchdog import Watchdog
@@ -122,6 +122,25 @@ class Exchange(abc.ABC):
     @abc.abstractmethod
     def _wake_up(self) -> None:
         """Have the turn look at its queues. From any thread."""
+
+    @abc.abstractmethod
+    def _step(self) -> TurnEnd | None:
+        """Wait for what comes next and take it; how the turn ended, if it did. Raises `WireError` and `GuestLost`."""
+
+    def seen_through(self) -> TurnEnd:
+        """Take steps until the turn has ended. Ctrl-C interrupts the cell, and the turn is seen through all the same."""
+        end: TurnEnd | None = None
+        while end is None:
+            try:
+                while end is None:  # Ctrl-C is raised where a loop turns back, too, which has to be in here
+                    end = self._step()
+            except KeyboardInterrupt:
+                self._host_interrupted = True
+            except WireError as exc:
+                end = TurnEnd("violation", detail=str(exc))
+            except GuestLost as exc:
+                end = TurnEnd("died", detail=str(exc), death=exc.death)
+        return end
 
     # ---- deadlines
 

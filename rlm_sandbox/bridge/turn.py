@@ -136,18 +136,7 @@ class Turn(Exchange):
         self._outbox_fds = fds
         self._hand_over(message, attachments)
         self._guest.wake()
-        end: TurnEnd | None = None
-        while end is None:
-            try:
-                while end is None:  # Ctrl-C is raised where a loop turns back, too, which has to be in here
-                    end = self._step()
-            except KeyboardInterrupt:
-                self._host_interrupted = True
-            except WireError as exc:
-                end = TurnEnd("violation", detail=str(exc))
-            except GuestLost as exc:
-                end = TurnEnd("died", detail=str(exc), death=exc.death)
-        return end
+        return self.seen_through()
 
     def expect_hello(self, seconds: float) -> None:
         """Wait for the greeting of a new worker on a new channel. Raises `GuestLost` if it does not come."""

@@ -60,15 +60,7 @@ class WasmTurn(Exchange):
         """
         try:
             self._hand_over(message, attachments)
-            end: TurnEnd | None = None
-            while end is None:
-                try:
-                    while end is None:  # Ctrl-C is raised where a loop turns back, too, which has to be in here
-                        end = self._step()
-                except KeyboardInterrupt:
-                    self._host_interrupted = True
-                except WireError as exc:
-                    end = TurnEnd("violation", detail=str(exc))
+            end = self.seen_through()
             if end.kind != "done":
                 self._peer.stop()
             self._take_output()
