@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from ...bridge import measured
 from ...bridge.guest import Death, GuestLost, Recovery, Report
 from ...context import Context, DataContext
 from ...errors import BackendUnavailable, InputRefused
@@ -38,8 +39,6 @@ _RECOVER_SECONDS: Final = 5.0
 _FOR_A_COPY: Final = 24
 #: What a supervisor says instead of doing what it was told.
 _REFUSALS: Final = ("refused", "gone")
-#: Linux makes a process's CPU clock id from its pid: ~pid << 3 | CPUCLOCK_SCHED.
-_CPUCLOCK_SCHED: Final = 2
 #: Field of /proc/PID/statm that counts data and stack, in pages; what RLIMIT_DATA bounds is at most that.
 _STATM_DATA: Final = 5
 _TICKET: Final = control.dump({"op": "ticket"})
@@ -389,18 +388,11 @@ class JailGuest:
 
     def cpu_seconds(self) -> float | None:
         """See `Guest.cpu_seconds`."""
-        try:
-            return time.clock_gettime((~self._worker_pid << 3) | _CPUCLOCK_SCHED)
-        except OSError:
-            return None
+        return measured.cpu_seconds(self._worker_pid)
 
     def peak_memory_mb(self) -> float | None:
         """See `Guest.peak_memory_mb`."""
-        try:
-            lines = Path(f"/proc/{self._worker_pid}/status").read_text().splitlines()
-        except OSError:
-            return None
-        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+        return measured.peak_memory_mb(self._worker_pid)
 
     def memory_headroom_mb(self) -> float | None:
         """See `Guest.memory_headroom_mb`."""

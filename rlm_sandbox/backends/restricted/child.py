@@ -16,10 +16,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Final
 
 from ... import bundle
+from ...bridge import measured
 from ...bridge.guest import Death, GuestLost, Recovery, Report
 from ...context import Context, DataContext
 from ...errors import BackendUnavailable
@@ -37,8 +37,6 @@ _START_SECONDS: Final = 30.0
 _REAP_SECONDS: Final = 2.0
 #: Beyond session_seconds, which the host enforces, for a child whose host is gone.
 _CPU_SLACK_SECONDS: Final = 5
-#: Linux makes a process's CPU clock id from its pid: ~pid << 3 | CPUCLOCK_SCHED.
-_CPUCLOCK_SCHED: Final = 2
 
 
 class PlainGuest:
@@ -188,18 +186,11 @@ class PlainGuest:
         """See `Guest.cpu_seconds`."""
         if sys.platform != "linux" or self._death is not None:
             return None
-        try:
-            return time.clock_gettime((~self._process.pid << 3) | _CPUCLOCK_SCHED)
-        except OSError:
-            return None
+        return measured.cpu_seconds(self._process.pid)
 
     def peak_memory_mb(self) -> float | None:
         """See `Guest.peak_memory_mb`."""
-        try:
-            lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
-        except OSError:
-            return None
-        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+        return measured.peak_memory_mb(self._process.pid)
 
     def memory_headroom_mb(self) -> float | None:
         """See `Guest.memory_headroom_mb`. Without a standby there is nothing to go back to, whatever is left."""
