@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -222,12 +223,17 @@ def _checked_config(
         raise TypeError(f"setup must be source code as a str, not {type(setup).__name__}")
     if isinstance(packages, str):
         raise TypeError(f"packages takes a tuple of names, not one string; write ({packages!r},)")
+    if not isinstance(packages, Iterable):
+        raise TypeError(f"packages takes a tuple of names, not {type(packages).__name__}")
     if not all(isinstance(name, str) and name for name in packages):
         raise TypeError("packages takes names as texts that are not empty")
     if files != () and not isinstance(files, Mapping):
         raise TypeError(f"files takes a dict of names and paths, not {type(files).__name__}")
     if not all(isinstance(name, str) for name in dict(files)):
         raise TypeError("files takes names as texts")
+    for name, path in dict(files).items():
+        if not isinstance(path, str | PathLike):
+            raise TypeError(f"files takes paths as texts or Path objects; {name!r} has {type(path).__name__}")
     if options is not None and not isinstance(options, BackendOptions):
         raise TypeError(f"options must be a backend's options object such as JailOptions(), not {type(options).__name__}")
     return SessionConfig(

@@ -237,3 +237,20 @@ def test_capabilities_grade_by_name() -> None:
     for name in ("language", "nothing", "backend"):
         with pytest.raises(AttributeError):
             capabilities.grade(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"files": ["x"]}, "files takes a dict of names and paths, not list"),
+        ({"files": {5: "x"}}, "files takes names as texts"),
+        ({"files": {"x": 5}}, "files takes paths as texts or Path objects; 'x' has int"),
+        ({"files": {"x": b"x"}}, "files takes paths as texts or Path objects; 'x' has bytes"),
+        ({"packages": "numpy"}, "not one string; write \\('numpy',\\)"),
+        ({"packages": 5}, "packages takes a tuple of names, not int"),
+        ({"packages": (5,)}, "packages takes names as texts"),
+    ],
+)
+def test_inputs_of_wrong_types_say_what_is_right(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        open_repl("wasm", **options)
