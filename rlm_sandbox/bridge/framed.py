@@ -20,7 +20,6 @@ from ..limits import Limits
 from ..protocol import Capabilities
 from ..registry import SessionConfig
 from ..results import LimitHit, State
-from ..waiting import is_readable
 from ..wire.codec import Attachment, Encoder
 from ..wire.frames import dump_frame
 from ..wire.messages import BindData, BindText, Message, Protect, ReadFile, dump_message
@@ -28,7 +27,7 @@ from .capture import Capture
 from .exchange import TurnEnd
 from .guest import Death, Guest, GuestLost
 from .guest_files import checked_path, collect
-from .readiness import Readiness
+from .readiness import Readiness, becomes_ready
 from .session import Session
 from .turn import Turn, WakePipe
 from .verdict import worse
@@ -259,7 +258,7 @@ class FramedSession(Session):
         until = time.monotonic() + _PROTECT_SECONDS
         for _ in range(_MAX_REPORTS):
             left = until - time.monotonic() if self._protecting else 0.0
-            if not is_readable(self._guest.control_fd, max(0.0, left)):
+            if not becomes_ready(self._guest, self._guest.control_fd, left):
                 if self._protecting:
                     raise GuestLost("the supervisor did not answer")
                 return

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from ..context import Context, DataContext
 from ..results import Stream
 
-__all__ = ("CopyingGuest", "Death", "Guest", "GuestLost", "Recovery", "Report")
+__all__ = ("CopyingGuest", "DataChannel", "Death", "Guest", "GuestLost", "Recovery", "Report", "SharedStream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +50,69 @@ class Recovery:
     death: Death
 
 
+class DataChannel(Protocol):
+    """A non-blocking stream to a worker: a socket, or something that is used like one."""
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+
+    def send(self, data: bytes | memoryview, /) -> int:
+        """Send some of it. Raises BlockingIOError, or OSError if the worker is gone."""
+
+    def sendall(self, data: bytes, /) -> None:
+        """Send a short message whole. Raises OSError."""
+
+    def sendmsg(self, buffers: Sequence[bytes | memoryview], ancillary: Sequence[tuple[int, int, Any]], /) -> int:
+        """As `send`, with descriptors beside it."""
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        """What is there, at most ``size`` bytes; empty at the end. Raises BlockingIOError, or OSError at the end."""
+
+
+class SharedStream(Protocol):
+    """A stream that carries all channels of a guest, where they share one descriptor (the data channel's) of the host.
+
+    What is not data it passes on to descriptors of their own, by which the session finds it. See `Readiness`.
+    """
+
+    ended: bool
+
+    @property
+    def unsent(self) -> bool:
+        """Whether something waits for the stream to take it."""
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the data channel has something, or ends. What the worker printed before is passed on first."""
+
+    @property
+    def takes_data(self) -> bool:
+        """Whether the data channel takes something."""
+
+    @property
+    def held(self) -> bool:
+        """Whether something that came waits for the session to take what came before it."""
+
+    def before_waiting(self) -> None:
+        """The session is about to wait for the worker, which it has given the turn, or which has nothing to do."""
+
+    def serve(self) -> bool:
+        """Take what has come, and send what waits. Never waits. True if something was passed on."""
+
+
 class Guest(Protocol):
     """A guest that speaks frames. Signals and kills come from outside; nothing here waits for guest code."""
 
-    data: socket.socket
-    """The present worker's data channel, non-blocking. Replaced by `recover`."""
     maps_contexts: bool
     """Whether a context's memory file can be sent along with a frame."""
+
+    @property
+    def data(self) -> DataChannel:
+        """The present worker's data channel. Replaced or emptied by `recover`."""
+
+    @property
+    def stream(self) -> SharedStream | None:
+        """What carries all channels, where they share one descriptor; None where each has its own."""
 
     @property
     def outputs(self) -> Mapping[int, Stream]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..limits import Limits
-from ..waiting import is_readable, piece
+from ..waiting import piece
 from ..wire.codec import Attachment, WireError
 from ..wire.frames import FrameReader, dump_frame
 from ..wire.messages import (
@@ -29,7 +29,7 @@ from .exchange import Exchange, TurnEnd
 from .guest import Guest, GuestLost
 from .handles import HandleTable
 from .host_pool import HostPool
-from .readiness import Readiness
+from .readiness import Readiness, becomes_ready
 
 __all__ = ("Turn", "WakePipe")
 
@@ -43,6 +43,8 @@ _NO_CAP: Final = 1 << 40
 _READS: Final = 16
 #: How often a turn looks whether memory is short.
 _RELIEF_SECONDS: Final = 0.1
+#: Between the end of a worker's channel and its supervisor's word of its death.
+_DEATH_SECONDS: Final = 0.5
 #: The poll call takes milliseconds as a C int.
 _LONGEST_WAIT_SECONDS: Final = 3_600.0
 
@@ -141,7 +143,7 @@ class Turn(Exchange):
     def expect_hello(self, seconds: float) -> None:
         """Wait for the greeting of a new worker on a new channel. Raises `GuestLost` if it does not come."""
         until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and is_readable(self._guest.data.fileno(), left):
+        while (left := until - time.monotonic()) > 0 and becomes_ready(self._guest, self._guest.data.fileno(), left):
             try:
                 frame = self._read_frame()
                 if frame is not None:
@@ -214,7 +216,7 @@ class Turn(Exchange):
 
     def _await_death(self) -> TurnEnd:
         """The data channel ended: the supervisor tells how, or the worker closed it and is killed."""
-        if is_readable(self._guest.control_fd, 0.5):
+        if becomes_ready(self._guest, self._guest.control_fd, _DEATH_SECONDS):
             report = self._guest.report()
             if report is not None and report.kind == "died":
                 return TurnEnd("died", death=report.death)

@@ -21,8 +21,10 @@ from typing import Final, NoReturn
 
 from ..confine import _syscalls_unsafe as raw
 from ..confine.steps import SessionConfinement, confine_in_container, confine_in_plain_container, confine_relay
+from ..wire.frames import ends_turn
 from . import control, supervisor, worker
-from .multiplex import HEADER, MESSAGE, STDERR, STDOUT, Multiplexer, StreamFailed
+from .framing import HEADER, INTERRUPT, MEASURE, MESSAGE, STDERR, STDOUT, STOP, WAKE, StreamFailed
+from .multiplex import Multiplexer
 from .plain_supervisor import PlainSupervisor
 from .preloaded import PRELOADED
 from .processes import ByPid, ByPidfd, Process
@@ -44,7 +46,7 @@ _STATM_SIZE: Final = 0
 _PAGE_KB: Final = os.sysconf("SC_PAGE_SIZE") // 1024
 #: Where control groups of version 2 and 1 count what the kernel killed for the container's memory limit.
 _MEMORY_KILLS: Final = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
-_SIGNALS: Final = {"wake": signal.SIGCONT, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}
+_SIGNALS: Final = {WAKE: signal.SIGCONT, STOP: signal.SIGSTOP, INTERRUPT: signal.SIGINT}
 
 
 class _Attached:
@@ -63,7 +65,7 @@ class _Attached:
             raise StreamFailed("the host is gone")
         return data
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         return os.write(1, data)
 
 
@@ -73,26 +75,38 @@ class Relay(Multiplexer):
     def __init__(
         self, data: socket.socket, supervisor_socket: socket.socket, outputs: dict[int, int], data_limit_kb: int | None
     ) -> None:
-        super().__init__(_Attached(), data, supervisor_socket, outputs, reads_outputs=True)
+        super().__init__(_Attached(), data, supervisor_socket, outputs)
         self._supervisor = supervisor_socket
         self._data_limit_kb = data_limit_kb
         self._worker: Process | None = None
+        self._stopped = False
         self._statm = -1
 
-    def on_remote(self, message: control.Message) -> None:
-        """An order of the host: signals are sent from here, everything else goes to the supervisor."""
-        op = message["op"]
-        if op in _SIGNALS:
-            if op == "wake":
-                self.set_turn(int(message["turn"]))
-            self._signal(_SIGNALS[op])
-            if op == "stop":
-                self.send_vitals()
-                if isinstance(self._worker, ByPid):
-                    control.send(self._supervisor, {"op": "stopped"})
-        elif op == "vitals":
+    def on_worker(self, payload: bytes) -> None:
+        """Stop the worker with the end of its turn, by its looks: the host, which would order it then, need not.
+
+        One that lies is stopped until the host, which was not told what it waits for, wakes it again.
+        """
+        if isinstance(self._worker, ByPidfd) and ends_turn(payload):
+            self._signal(signal.SIGSTOP)
+            self._stopped = True
+
+    def on_order(self, order: int, turn: int) -> None:
+        """See `Framing.on_order`."""
+        if order == WAKE:
+            self.set_turn(turn)
+        if order in _SIGNALS:
+            self._signal(_SIGNALS[order])
+            self._stopped = order == STOP or (self._stopped and order != WAKE)
+        elif order == MEASURE:
             self.send_vitals()
-        elif op == "measure":
+        if order == STOP and isinstance(self._worker, ByPid):
+            control.send(self._supervisor, {"op": "stopped"})
+
+    def on_remote(self, message: control.Message) -> None:
+        """An order of the host that is the supervisor's, or a question."""
+        op = message["op"]
+        if op == "measure":
             self.send_message(self._peak())
         elif op in ("recover", "fresh"):
             mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -125,7 +139,7 @@ class Relay(Multiplexer):
         except ProcessLookupError:
             pass  # it died; the supervisor reports it
 
-    def vitals(self) -> tuple[float, int] | None:
+    def vitals(self) -> tuple[float, int, bool] | None:
         """See `Multiplexer.vitals`."""
         process = self._worker
         if process is None:
@@ -139,14 +153,14 @@ class Relay(Multiplexer):
         except (OSError, IndexError, ValueError):
             return None
         # What the kernel shows includes the stack, which the limit does not: it may be above it.
-        return cpu, (max(0, limit - pages * _PAGE_KB) if limit else -1)
+        return cpu, (max(0, limit - pages * _PAGE_KB) if limit else -1), self._stopped
 
     def _take_worker(self, process: Process) -> None:
         if self._worker is not None:
             self._worker.close()
         if self._statm >= 0:
             os.close(self._statm)
-        self._worker, self._statm = process, -1
+        self._worker, self._statm, self._stopped = process, -1, False
         try:
             self._statm = os.open(f"/proc/{process.pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -219,7 +233,8 @@ def _run_relay(data: socket.socket, supervisor_socket: socket.socket, outputs: d
         key = bytes.fromhex(settings.pop("key", ""))  # the supervisor, of whom the worker is a copy, never has it
         control.send(supervisor_socket, settings)
         memory_mb = settings["memory_mb"]
-        limit = None if memory_mb is None else base_data // 1024 + memory_mb * 1024
+        # What the worker may still allocate matters where its heap may have to be given up for a recovery point.
+        limit = None if memory_mb is None or not settings["recovery"] else base_data // 1024 + memory_mb * 1024
         relay = Relay(data, supervisor_socket, outputs, limit)
         relay.authenticate(key)
         relay.run()

@@ -99,6 +99,13 @@ def dump_frame(header: Any, attachments: list[Attachment], *, max_bytes: int) ->
     return [_PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(head), len(raw)) + table + head, *raw]
 
 
+def ends_turn(data: bytes) -> bool:
+    """Whether ``data`` is exactly one frame that says ``done`` and has no attachments, by its looks: whoever sent it may lie."""
+    return data[_PREFIX.size : _PREFIX.size + len(_DONE)] == _DONE and data[: _PREFIX.size] == _PREFIX.pack(
+        MAGIC, PROTOCOL_VERSION, 0, len(data) - _PREFIX.size, 0
+    )
+
+
 class FrameReader:
     """Parses frames from bytes fed to it. One instance per stream; after an error the stream is dead."""
 
@@ -290,4 +297,5 @@ def _decoder() -> json.JSONDecoder:
 #: What most turns of a session end with: nothing to say. Never changed. Compared as it is, which is cheaper than building or parsing it.
 USUAL_HEADER: Final = ["done", None, None, None, False, None]
 _usual: Final = dump_header(USUAL_HEADER)
+_DONE: Final = b'["done",'
 _USUAL_FRAME: Final = _PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, len(_usual), 0) + _usual

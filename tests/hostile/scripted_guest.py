@@ -164,6 +164,7 @@ class ScriptedGuest:
     """See `rlm_sandbox.bridge.guest.Guest`. ``moves``: what to do instead of running a cell, by the cell's source."""
 
     maps_contexts = False
+    stream = None
 
     def __init__(self, moves: Mapping[str, Move]) -> None:
         self.moves = moves

@@ -1,25 +1,19 @@
-"""The host's end of a container's attached stream, and the thread that serves it."""
+"""The raw socket of a container's attached stream."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import ssl
 import struct
-import threading
 import weakref
 from typing import Any, Final
 
-from ...runners import control
-from ...runners.multiplex import STDERR, STDOUT, Multiplexer, StreamFailed
-from .contexts import SessionDirectory
-from .volumes import ContextVolume
+from ...runners.framing import StreamFailed
 
-__all__ = ("Attached", "HostEnd")
+__all__ = ("Attached",)
 
-log: Final = logging.getLogger("rlm_sandbox.docker")
 _CHUNK: Final = 1 << 17
 #: The engine's header before each piece: stream 1 or 2, and the length.
 _PIECE: Final = struct.Struct(">BxxxI")
@@ -52,6 +46,10 @@ class Attached:
             raise BlockingIOError from None
         if not data:
             raise StreamFailed("the container ended")
+        if not (self._left or self._header) and len(data) > _PIECE.size:  # the usual case: one piece, and all of it
+            stream, size = _PIECE.unpack_from(data)
+            if stream == 1 and size == len(data) - _PIECE.size:
+                return data[_PIECE.size :]
         found = []
         view = memoryview(data)
         while view:
@@ -72,7 +70,7 @@ class Attached:
                 self.words = (self.words + part)[-_MAX_WORDS:]
         return b"".join(found)
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """See `Stream.write`."""
         try:
             return self._sock.send(data)
@@ -107,72 +105,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-class HostEnd(Multiplexer):
-    """Runs on a thread of its own; a session sees the other ends of its descriptors, and the worker's clock."""
-
-    def __init__(
-        self,
-        attached: Attached,
-        data: socket.socket,
-        local: socket.socket,
-        outputs: dict[int, int],
-        contexts: SessionDirectory | ContextVolume,
-    ) -> None:
-        super().__init__(attached, data, local, outputs, reads_outputs=False)
-        self._attached = attached
-        self._contexts = contexts
-        self.cpu_seconds: float | None = None
-        self.headroom_mb: float | None = None
-        self._thread = threading.Thread(target=self._serve, name="rlm-sandbox-docker", daemon=True)
-
-    def start(self) -> None:
-        """Begin to serve."""
-        self._thread.start()
-
-    def join(self, seconds: float) -> None:
-        """Wait for the thread's end."""
-        self._thread.join(seconds)
-
-    def _serve(self) -> None:
-        try:
-            self.run()
-        except (StreamFailed, OSError, ValueError) as exc:
-            log.debug("the stream of a container ended: %s", exc)  # the session sees the end of its sockets
-        finally:
-            self._data.close()
-            self._local.close()
-            self._attached.close()
-            for channel in (STDOUT, STDERR):
-                os.close(self._ports[channel].fd)
-            for _, files in self._port.pending:
-                for fd in files:
-                    os.close(fd)
-
-    def on_local(self, message: control.Message, fds: list[int]) -> None:
-        """An order of the session; with one that brings a new worker comes its data socket."""
-        op = message["op"]
-        if op == "wake":
-            self.set_turn(int(message["turn"]))
-        for fd in fds:
-            self.set_generation(socket.socket(fileno=fd), int(message["generation"]))
-        self.send_message(message)
-        if op == "settings":
-            self.authenticate(bytes.fromhex(message["key"]))
-
-    def on_remote(self, message: control.Message) -> None:
-        """A report of the supervisor or the relay, for the session."""
-        control.send(self._local, message)
-
-    def on_vitals(self, cpu_seconds: float, headroom_kb: int) -> None:
-        """See `Multiplexer.on_vitals`."""
-        self.cpu_seconds = cpu_seconds
-        self.headroom_mb = headroom_kb / 1024 if headroom_kb >= 0 else None
-
-    def on_descriptor(self, fd: int) -> str:
-        """A context's file: its name where the container sees it."""
-        try:
-            return self._contexts.link(fd)
-        finally:
-            os.close(fd)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-import socket
 import time
 from collections.abc import Mapping
 from typing import Final
 
 from ...bridge.guest import Death, GuestLost, Recovery, Report
+from ...bridge.readiness import becomes_ready
 from ...context import Context, DataContext
 from ...errors import BackendUnavailable
 from ...limits import Limits
 from ...options import DockerOptions
 from ...results import Stream
 from ...runners import control
-from ...runners.multiplex import STDERR, STDOUT
-from ...waiting import is_readable
-from .attached import Attached, HostEnd
+from ...runners.framing import INTERRUPT, MEASURE, STDERR, STDOUT
+from .attached import Attached
+from .carrier import Carrier
 from .container import WAIT_SECONDS, create_container
 from .contexts import SessionDirectory
 from .engine import Engine, mapped_errors
@@ -35,7 +36,6 @@ _ANSWER_SECONDS: Final = 10.0
 _RECOVER_SECONDS: Final = 1.0
 #: During host calls the worker's clock is asked for at most this often; the answer counts at the next look.
 _CLOCK_SECONDS: Final = 0.02
-_JOIN_SECONDS: Final = 5.0
 
 
 class DockerGuest:
@@ -50,18 +50,15 @@ class DockerGuest:
         self._generation = 1
         self._turn = 0
         self._clock_asked = 0.0
-        self._end: HostEnd | None = None
-        self._attached: Attached | None = None
         self._container = ""
         self._created = time.monotonic()
         self._contexts = SessionDirectory() if engine.local else volume_for(engine, options.image)
-        self.data, data_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._control, control_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._attached: Attached | None = None
+        self._carrier: Carrier | None = None
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
         self.outputs: Mapping[int, Stream] = {out_read: "stdout", err_read: "stderr"}
         try:
-            self.data.setblocking(False)
             for fd in self.outputs:
                 os.set_blocking(fd, False)
             contexts = self._contexts.mount()
@@ -69,25 +66,10 @@ class DockerGuest:
             with mapped_errors("attaching to a container"):
                 params = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
                 self._attached = Attached(engine.api.attach_socket(self._container, params=params))
-            end = HostEnd(self._attached, data_theirs, control_theirs, {STDOUT: out_write, STDERR: err_write}, self._contexts)
+            self._carrier = Carrier(self._attached, {STDOUT: out_write, STDERR: err_write}, self._contexts)
             with mapped_errors("starting a container"):
                 engine.api.start(self._container)
-            self._end = end
-            end.start()
-            self._order(
-                {
-                    "op": "settings",
-                    # A named runtime may be gVisor, where a worker can open the relay's streams.
-                    "key": "" if options.runtime is None else secrets.token_hex(_KEY_BYTES),
-                    "memory_mb": limits.memory_mb,
-                    "disk_mb": limits.disk_mb,
-                    "plain": options.runtime is not None,
-                    "seconds": None if limits.session_seconds is None else limits.session_seconds + _SESSION_SLACK_SECONDS,
-                }
-            )
-            message = self._receive(_START_SECONDS)
-            if message["op"] != "ready":
-                raise GuestLost(f"a step of its confinement failed: {str(message.get('error', 'unknown'))[:300]}")
+            self._say_hello(options, limits, recovery=recovery)
         except GuestLost as exc:
             words = self._attached.words.decode("utf-8", "replace").strip().splitlines() if self._attached is not None else []
             self.close()
@@ -97,24 +79,57 @@ class DockerGuest:
             self.close()
             raise
         finally:
-            if self._end is None:
-                data_theirs.close()
-                control_theirs.close()
+            if self._carrier is None:
                 os.close(out_write)
                 os.close(err_write)
+
+    def _say_hello(self, options: DockerOptions, limits: Limits, *, recovery: bool) -> None:
+        settings: control.Message = {
+            "op": "settings",
+            # A named runtime may be gVisor, where a worker can open the relay's streams.
+            "key": "" if options.runtime is None else secrets.token_hex(_KEY_BYTES),
+            "memory_mb": limits.memory_mb,
+            "disk_mb": limits.disk_mb,
+            "plain": options.runtime is not None,
+            "recovery": recovery,
+            "seconds": None if limits.session_seconds is None else limits.session_seconds + _SESSION_SLACK_SECONDS,
+        }
+        try:
+            self._carried.settings(settings)
+        except OSError as exc:
+            raise GuestLost(f"the container is gone ({exc.strerror or exc})") from None
+        message = self._receive(_START_SECONDS)
+        if message["op"] != "ready":
+            raise GuestLost(f"a step of its confinement failed: {str(message.get('error', 'unknown'))[:300]}")
+
+    @property
+    def _carried(self) -> Carrier:
+        assert self._carrier is not None
+        return self._carrier
+
+    @property
+    def data(self) -> Carrier:
+        """See `Guest.data`: the same for each worker."""
+        return self._carried
+
+    @property
+    def stream(self) -> Carrier:
+        """See `Guest.stream`."""
+        return self._carried
 
     # ---- control
 
     @property
     def control_fd(self) -> int:
         """The socket of the supervisor's reports."""
-        return self._control.fileno()
+        return self._carried.reports.fileno()
 
     def _receive(self, seconds: float) -> control.Message:
-        if not is_readable(self._control.fileno(), seconds):
+        reports = self._carried.reports
+        if not becomes_ready(self, reports.fileno(), seconds):
             raise GuestLost("the supervisor did not answer in time")
         try:
-            got = control.receive(self._control)
+            got = control.receive(reports)
         except (OSError, ValueError) as exc:
             raise GuestLost(f"the supervisor's channel failed: {exc}") from None
         if got is None:
@@ -122,10 +137,9 @@ class DockerGuest:
             raise GuestLost("the container is gone", Death(out_of_memory=out_of_memory))
         return got[0]
 
-    def _order(self, message: control.Message, fds: tuple[int, ...] = ()) -> None:
+    def _order(self, message: control.Message) -> None:
         try:
-            self._control.settimeout(_ANSWER_SECONDS)
-            control.send(self._control, message, fds)
+            self._carried.order_supervisor(message)
         except OSError as exc:
             raise GuestLost(f"the container is gone ({exc.strerror or exc})") from None
 
@@ -137,9 +151,11 @@ class DockerGuest:
 
     def report(self) -> Report | None:
         """See `Guest.report`."""
-        if not is_readable(self._control.fileno()):
+        if not becomes_ready(self, self.control_fd, 0):
             return None
         message = self._receive(1.0)
+        if message["op"] in ("protected", "unprotected"):
+            self._carried.corked = True  # the supervisor has stopped the worker
         if message["op"] == "died":
             return Report("died", _death(message))
         if message["op"] == "protected":
@@ -162,56 +178,48 @@ class DockerGuest:
 
     def request_protection(self) -> None:
         """See `Guest.request_protection`."""
-        self._order({"op": "ticket"})
+        self._carried.prepare_ticket()
 
     def recover(self, *, fresh: bool) -> Recovery:
         """See `Guest.recover`."""
         self._generation += 1
-        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        mine.setblocking(False)
-        try:
-            op = "fresh" if fresh else "recover"
-            self._order({"op": op, "generation": self._generation}, (theirs.fileno(),))
-            until = time.monotonic() + _RECOVER_SECONDS
-            while (message := self._receive(max(0.01, until - time.monotonic())))["op"] != "recovered":
-                pass  # reports that crossed the order: of the worker that is gone now
-        except BaseException:
-            mine.close()
-            raise
-        finally:
-            theirs.close()
-        self.data.close()
-        self.data = mine
+        carrier = self._carried
+        self._order({"op": "fresh" if fresh else "recover", "generation": self._generation})
+        carrier.begin_generation(self._generation)
+        until = time.monotonic() + _RECOVER_SECONDS
+        while (message := self._receive(max(0.01, until - time.monotonic())))["op"] != "recovered":
+            pass  # reports that crossed the order: of the worker that is gone now
+        carrier.corked = False
         return Recovery("restored" if message["state"] == "restored" else "fresh", _death(message))
 
     # ---- signals and measurements
 
-    def _signal(self, message: control.Message) -> None:
-        try:
-            self._order(message)
-        except GuestLost:
-            pass  # the turn sees the end of the channel
-
     def wake(self) -> None:
         """See `Guest.wake`."""
         self._turn = (self._turn + 1) & 0xFFFF
-        self._signal({"op": "wake", "turn": self._turn})
+        with contextlib.suppress(OSError):  # the turn sees the end of the channel
+            self._carried.wake(self._turn)
+
+    def _signal(self, order: int) -> None:
+        with contextlib.suppress(OSError):
+            self._carried.order(order)
 
     def stop(self) -> None:
         """See `Guest.stop`."""
-        self._signal({"op": "stop"})
+        with contextlib.suppress(OSError):
+            self._carried.stop()
 
     def interrupt(self) -> None:
         """See `Guest.interrupt`."""
-        self._signal({"op": "interrupt"})
+        self._signal(INTERRUPT)
 
     def cpu_seconds(self) -> float | None:
         """See `Guest.cpu_seconds`. As of the worker's last bytes, or of an answer to an earlier call."""
-        now = time.monotonic()
-        if now - self._clock_asked > _CLOCK_SECONDS:
+        carrier, now = self._carried, time.monotonic()
+        if not carrier.corked and now - max(self._clock_asked, carrier.measured_at) > _CLOCK_SECONDS:
             self._clock_asked = now
-            self._signal({"op": "vitals"})
-        return self._end.cpu_seconds if self._end is not None else None
+            self._signal(MEASURE)
+        return carrier.cpu_seconds
 
     def peak_memory_mb(self) -> float | None:
         """See `Guest.peak_memory_mb`."""
@@ -223,7 +231,7 @@ class DockerGuest:
 
     def memory_headroom_mb(self) -> float | None:
         """See `Guest.memory_headroom_mb`. As of the worker's last bytes."""
-        return self._end.headroom_mb if self._end is not None else None
+        return self._carried.headroom_mb
 
     def grow_address_space(self, size: int) -> None:
         """See `Guest.grow_address_space`. The supervisor moves the soft limit: a worker may not set limits."""
@@ -240,16 +248,12 @@ class DockerGuest:
         if self._closed:
             return
         self._closed = True
-        mine = self._owner == os.getpid()
-        self._control.close()
-        self.data.close()
-        if mine:
-            if self._container:
-                self._engine.remove(self._container)
-            if self._end is not None:
-                self._end.join(_JOIN_SECONDS)
-            elif self._attached is not None:
-                self._attached.close()
+        if self._owner == os.getpid() and self._container:
+            self._engine.remove(self._container)
+        if self._carrier is not None:
+            self._carrier.close()
+        elif self._attached is not None:
+            self._attached.close()
         for fd in self.outputs:
             os.close(fd)
         if isinstance(self._contexts, SessionDirectory):

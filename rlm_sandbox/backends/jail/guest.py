@@ -90,6 +90,7 @@ class JailGuest:
     """A guest in the jail. Not thread-safe: its session is."""
 
     maps_contexts = True
+    stream = None
 
     def __init__(self, zygote: _Spawner, config: SessionConfig, family: _Family | None = None) -> None:
         limits = config.limits

@@ -43,6 +43,7 @@ class PlainGuest:
     """A guest in a plain child. See `Guest`; there is no supervisor and no standby, so a kill costs the variables."""
 
     maps_contexts = True
+    stream = None
 
     def __init__(self, limits: Limits) -> None:
         """
