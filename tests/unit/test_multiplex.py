@@ -1,35 +1,53 @@
-"""The multiplexer without a container: two ends on a socket pair, and a peer that breaks the framing."""
+"""The two ends of a container's stream without a container: on a socket pair, and against a peer that breaks the framing."""
 
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
 
+from rlm_sandbox.backends.docker.attached import Attached
+from rlm_sandbox.backends.docker.carrier import Carrier
+from rlm_sandbox.backends.docker.contexts import SessionDirectory
+from rlm_sandbox.backends.docker.undivided import Undivided
 from rlm_sandbox.runners import control
-from rlm_sandbox.runners.multiplex import (
+from rlm_sandbox.runners.framing import (
     ACK,
     BYTES,
     DATA,
     FILE,
     HEADER,
+    MEASURE,
     MESSAGE,
+    ORDER,
     STDERR,
     STDOUT,
+    STOP,
     VITALS,
+    WAKE,
     WINDOW,
-    Multiplexer,
     StreamFailed,
-)
+)  # fmt: skip
+from rlm_sandbox.runners.multiplex import Multiplexer
+from rlm_sandbox.waiting import is_readable
+from rlm_sandbox.wire.frames import dump_frame, ends_turn
 
-PATIENCE = 30.0
+PATIENCE = 5.0
+_PIECE = b"\x01\0\0\0"
+_DONE = b"".join(dump_frame(["done", "1", None, None, False, None], [], max_bytes=1000))
 
 
-class SocketStream:
+class RelayStream:
+    """The container's standard streams; what it writes gets the engine's header."""
+
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
@@ -41,31 +59,38 @@ class SocketStream:
             raise StreamFailed("end")
         return data
 
-    def write(self, data: memoryview) -> int:
-        return self.sock.send(data)
+    def write(self, data: bytes | memoryview) -> int:
+        poll = select.poll()
+        poll.register(self.sock, select.POLLOUT)
+        if not poll.poll(0):
+            raise BlockingIOError
+        piece = bytes(data[: 1 << 12])
+        self.sock.settimeout(PATIENCE)  # a header is not torn
+        self.sock.sendall(_PIECE + len(piece).to_bytes(4, "big") + piece)
+        self.sock.setblocking(False)
+        return len(piece)
 
 
-class End(Multiplexer):
-    """One end with the session's side of its descriptors."""
+class Inside(Multiplexer):
+    """The relay, with a worker's and a supervisor's ends of its descriptors, on a thread."""
 
-    def __init__(self, sock: socket.socket, *, reads_outputs: bool) -> None:
-        self.data, data_theirs = socket.socketpair()
-        self.control, control_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def __init__(self, sock: socket.socket) -> None:
+        self.worker, data = socket.socketpair()
+        self.supervisor, self.local_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pipes: dict[int, int] = {}
-        ends = {}
+        self.read_ends: dict[int, int] = {}
         for channel in (STDOUT, STDERR):
-            read, write = os.pipe()
-            ends[channel], self.pipes[channel] = (read, write) if reads_outputs else (write, read)
-        for fd in self.pipes.values():
-            os.set_blocking(fd, False)
-        self.data.settimeout(PATIENCE)
-        self.control.settimeout(PATIENCE)
-        self.ends = ends
-        self.theirs = control_theirs
+            self.read_ends[channel], self.pipes[channel] = os.pipe()
+            os.set_blocking(self.pipes[channel], False)
+        self.worker.settimeout(PATIENCE)
+        self.supervisor.settimeout(PATIENCE)
+        self.orders: list[tuple[int, int]] = []
+        self.stopped = False
         self.failed: BaseException | None = None
-        self.seen: list[Any] = []
-        super().__init__(SocketStream(sock), data_theirs, control_theirs, ends, reads_outputs=reads_outputs)
+        sock.setblocking(False)
+        super().__init__(RelayStream(sock), data, self.local_end, self.read_ends)
         self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
 
     def serve(self) -> None:
         try:
@@ -73,47 +98,109 @@ class End(Multiplexer):
         except (StreamFailed, OSError) as exc:
             self.failed = exc
 
+    def on_order(self, order: int, turn: int) -> None:
+        if order == WAKE:
+            self.set_turn(turn)
+            self.stopped = False
+        self.orders.append((order, turn))
+        if order == MEASURE:
+            self.send_vitals()
+
     def on_remote(self, message: control.Message) -> None:
-        if message["op"] == "turn":
-            self.set_turn(message["turn"])
-            self.send_message({"op": "turned"})
-        else:
-            control.send(self.theirs, message)
+        if message["op"] == "recover":
+            mine, self.next_worker = socket.socketpair()
+            self.next_worker.settimeout(PATIENCE)
+            self.set_generation(mine, message["generation"])
+        control.send(self._local, message)
 
     def on_local(self, message: control.Message, fds: list[int]) -> None:
-        if message["op"] == "turn":
-            self.set_turn(message["turn"])
-        for fd in fds:
-            self.set_generation(socket.socket(fileno=fd), message["generation"])
         self.send_message(message)
 
-    def vitals(self) -> tuple[float, int] | None:
-        return (1.5, 2048) if self._reads_outputs else None
+    def on_worker(self, payload: bytes) -> None:
+        self.stopped = self.stopped or ends_turn(payload)
 
-    def on_vitals(self, cpu_seconds: float, headroom_kb: int) -> None:
-        self.seen.append((cpu_seconds, headroom_kb))
+    def vitals(self) -> tuple[float, int, bool] | None:
+        return 1.5, 2048, self.stopped
 
     def free(self) -> None:
-        self.control.close()
+        self.supervisor.close()
         self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
-        for sock in (self.data, self._data, self.theirs):
+        for sock in (self.worker, self._data, self.local_end):
             sock.close()
-        for fd in (*self.pipes.values(), *self.ends.values()):
+        for fd in (*self.pipes.values(), *self.read_ends.values()):
+            os.close(fd)
+
+
+class Host:
+    """The host's end with its pipes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.pipes: dict[int, int] = {}
+        writes = {}
+        for channel in (STDOUT, STDERR):
+            self.pipes[channel], writes[channel] = os.pipe()
+            os.set_blocking(self.pipes[channel], False)
+        self.contexts = SessionDirectory()
+        self.carrier = Carrier(Attached(sock), writes, self.contexts)
+        self.carrier.wake(0)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Serve the stream until something is so."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < end
+            self.carrier.serve()
+            if not condition():
+                is_readable(self.carrier.fileno(), 0.01)
+
+    def read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            self.until(lambda: self.carrier.has_data)
+            piece = self.carrier.recv(1 << 16)
+            assert piece
+            data += piece
+        return data
+
+    def write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            self.until(lambda: self.carrier.takes_data)
+            left = left[self.carrier.send(left) :]
+        self.until(lambda: not self.carrier.unsent)
+
+    def report(self) -> control.Message:
+        self.until(lambda: is_readable(self.carrier.reports.fileno()))
+        got = control.receive(self.carrier.reports)
+        assert got is not None
+        return got[0]
+
+    def free(self) -> None:
+        self.carrier.close()
+        self.contexts.close()
+        for fd in self.pipes.values():
             os.close(fd)
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[End, End]]:
+def pair() -> Iterator[tuple[Host, Inside]]:
     """Host and relay."""
     one, two = socket.socketpair()
-    host, relay = End(one, reads_outputs=False), End(two, reads_outputs=True)
-    host.thread.start()
-    relay.thread.start()
+    host, relay = Host(one), Inside(two)
     yield host, relay
     host.free()
-    one.close()
     relay.free()
+    two.close()
+
+
+@pytest.fixture
+def alone() -> Iterator[tuple[Host, socket.socket]]:
+    """A host, and the engine's end of its stream."""
+    one, two = socket.socketpair()
+    host = Host(one)
+    yield host, two
+    host.free()
     two.close()
 
 
@@ -126,35 +213,37 @@ def read_all(sock: socket.socket, size: int) -> bytes:
     return data
 
 
-def test_bytes_messages_and_output_arrive(pair: tuple[End, End]) -> None:
+def test_bytes_messages_and_output_arrive(pair: tuple[Host, Inside]) -> None:
     host, relay = pair
-    host.data.sendall(b"request")
-    assert read_all(relay.data, 7) == b"request"
+    host.carrier.sendall(b"request")
+    assert read_all(relay.worker, 7) == b"request"
     os.write(relay.pipes[STDERR], b"printed")
-    relay.data.sendall(b"answer")
-    assert read_all(host.data, 6) == b"answer"
+    relay.worker.sendall(b"answer")
+    assert host.read(6) == b"answer"
     assert os.read(host.pipes[STDERR], 100) == b"printed"  # it was there before the answer
-    assert host.seen == [(1.5, 2048)]
-    control.send(host.control, {"op": "order"})
-    assert control.receive(relay.control) == ({"op": "order"}, [])
-    control.send(relay.control, {"op": "report"})
-    assert control.receive(host.control) == ({"op": "report"}, [])
+    assert (host.carrier.cpu_seconds, host.carrier.headroom_mb) == (1.5, 2.0)
+    host.carrier.order_supervisor({"op": "order"})
+    assert control.receive(relay.supervisor) == ({"op": "order"}, [])
+    control.send(relay.supervisor, {"op": "report"})
+    assert host.report() == {"op": "report"}
 
 
-def test_more_than_every_buffer_goes_both_ways_at_once(pair: tuple[End, End]) -> None:
+def test_more_than_every_buffer_goes_both_ways(pair: tuple[Host, Inside]) -> None:
+    host, relay = pair
     size = 8 * WINDOW
-    threads = [threading.Thread(target=end.data.sendall, args=(bytes(size),)) for end in pair]
-    threads += [threading.Thread(target=read_all, args=(end.data, size)) for end in pair]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
+    sending = threading.Thread(target=relay.worker.sendall, args=(bytes(size),))
+    sending.start()
+    assert len(host.read(size)) == size
+    sending.join(PATIENCE)
+    reading = threading.Thread(target=read_all, args=(relay.worker, size))
+    reading.start()
+    host.write(bytes(size))
+    host.until(lambda: not reading.is_alive())
+    sending.join(PATIENCE)
 
 
 def _send_until_refused(sock: socket.socket) -> int:
     sent = 0
-    sock.settimeout(0.3)
     try:
         while True:
             sent += sock.send(bytes(1 << 16))
@@ -162,59 +251,175 @@ def _send_until_refused(sock: socket.socket) -> int:
         return sent
 
 
-def test_an_unread_channel_holds_up_no_other_and_is_bounded(pair: tuple[End, End]) -> None:
+def test_an_unread_channel_holds_up_no_other_and_is_bounded(pair: tuple[Host, Inside]) -> None:
     host, relay = pair
-    assert _send_until_refused(relay.data) < 4 * WINDOW
-    control.send(relay.control, {"op": "report"})
-    assert control.receive(host.control) == ({"op": "report"}, [])
+    relay.worker.settimeout(0.3)
+    sent = _send_until_refused(relay.worker)
+    assert sent < 4 * WINDOW
+    control.send(relay.supervisor, {"op": "report"})
+    assert host.report() == {"op": "report"}
 
 
-def test_unread_output_holds_up_no_message(pair: tuple[End, End]) -> None:
+def test_unread_output_holds_up_no_message(pair: tuple[Host, Inside]) -> None:
     host, relay = pair
     written = 0
     for _ in range(200):
         try:
             written += os.write(relay.pipes[STDOUT], bytes(1 << 16))
         except BlockingIOError:
-            threading.Event().wait(0.002)
+            time.sleep(0.002)
     assert written < 6 * WINDOW
-    control.send(relay.control, {"op": "report"})
-    assert control.receive(host.control) == ({"op": "report"}, [])
+    host.carrier.order_supervisor({"op": "order"})
+    assert control.receive(relay.supervisor) == ({"op": "order"}, [])
 
 
-def test_output_of_an_older_turn_is_dropped(pair: tuple[End, End]) -> None:
+def test_what_was_printed_first_is_read_first_however_much_it_is(pair: tuple[Host, Inside]) -> None:
     host, relay = pair
-    control.send(host.control, {"op": "turn", "turn": 1})
-    control.receive(host.control)
+    size = 3 << 16  # more than the session's pipe holds
+
+    def work() -> None:
+        for _ in range(3):
+            left = memoryview(bytes(1 << 16))
+            while left:
+                try:
+                    left = left[os.write(relay.pipes[STDOUT], left) :]
+                except BlockingIOError:
+                    time.sleep(0.001)
+        relay.worker.sendall(b"answer")
+        control.send(relay.supervisor, {"op": "report"})
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    printed = 0
+    end = time.monotonic() + PATIENCE
+    while printed < size and time.monotonic() < end:
+        host.carrier.serve()
+        assert not host.carrier.has_data or printed >= size - (1 << 16)
+        assert not is_readable(host.carrier.reports.fileno()) or printed >= size - (1 << 16)
+        try:
+            printed += len(os.read(host.pipes[STDOUT], 1 << 16))
+        except BlockingIOError:
+            is_readable(host.carrier.fileno(), 0.01)
+    assert printed == size
+    assert host.read(6) == b"answer"
+    assert host.report() == {"op": "report"}
+    thread.join(PATIENCE)
+
+
+def test_output_of_an_older_turn_is_dropped(pair: tuple[Host, Inside]) -> None:
+    host, relay = pair
+    host.carrier.wake(1)
+    host.carrier.order_supervisor({"op": "turned"})
+    control.receive(relay.supervisor)
     os.write(relay.pipes[STDOUT], b"one")
-    relay.data.sendall(b".")
-    read_all(host.data, 1)
+    relay.worker.sendall(b".")
+    host.read(1)
     assert os.read(host.pipes[STDOUT], 100) == b"one"
     os.write(relay.pipes[STDOUT], b"between turns")
-    control.send(host.control, {"op": "turn", "turn": 2})
-    control.receive(host.control)
+    host.carrier.wake(2)
+    host.carrier.order_supervisor({"op": "turned"})
+    control.receive(relay.supervisor)
     os.write(relay.pipes[STDOUT], b"two")
-    relay.data.sendall(b".")
-    read_all(host.data, 1)
-    assert os.read(host.pipes[STDOUT], 100) in (b"two", b"between turnstwo")  # what had arrived before the turn began counts
+    relay.worker.sendall(b".")
+    host.read(1)
+    assert os.read(host.pipes[STDOUT], 100) == b"two"
 
 
-def test_bytes_of_a_dead_generation_reach_nobody(pair: tuple[End, End]) -> None:
+def test_bytes_of_a_dead_generation_reach_nobody(pair: tuple[Host, Inside]) -> None:
     host, relay = pair
-    relay.data.sendall(b"half a fra")
-    mine, theirs = socket.socketpair()
-    control.send(host.control, {"op": "recover", "generation": 2}, (theirs.fileno(),))
-    theirs.close()
-    mine.settimeout(PATIENCE)
-    assert control.receive(relay.control) == ({"op": "recover", "generation": 2}, [])
-    fresh, fresh_theirs = socket.socketpair()
-    # As the relay does on such an order; here by a message of its own session, which its end understands alike.
-    control.send(relay.control, {"op": "renewed", "generation": 2}, (fresh_theirs.fileno(),))
-    fresh_theirs.close()
-    fresh.sendall(b"whole")
-    assert read_all(mine, 5) == b"whole"
-    mine.close()
-    fresh.close()
+    relay.worker.sendall(b"half a fra")
+    host.until(lambda: host.carrier.has_data)
+    host.carrier.order_supervisor({"op": "recover", "generation": 2})
+    host.carrier.begin_generation(2)
+    assert not host.carrier.has_data
+    assert control.receive(relay.supervisor) == ({"op": "recover", "generation": 2}, [])
+    relay.next_worker.sendall(b"whole")
+    assert host.read(5) == b"whole"
+    relay.next_worker.close()
+
+
+def test_a_request_to_a_stopped_worker_goes_with_the_order_that_wakes_it(alone: tuple[Host, socket.socket]) -> None:
+    host, engine = alone
+    host.carrier.stop()
+    before = HEADER.size + 3
+    read_all(engine, 2 * before)
+    host.carrier.send(b"request")
+    host.carrier.wake(7)
+    piece = engine.recv(1 << 16)
+    assert piece[: HEADER.size + 7] == HEADER.pack(BYTES, DATA, 1, 7) + b"request"
+    assert HEADER.unpack_from(piece, HEADER.size + 7) == (ORDER, 0, 0, 3)
+
+
+def test_a_worker_that_the_relay_has_stopped_is_not_ordered_to(pair: tuple[Host, Inside]) -> None:
+    host, relay = pair
+    relay.worker.sendall(_DONE)
+    assert host.read(len(_DONE)) == _DONE
+    host.carrier.stop()
+    host.carrier.wake(1)
+    relay.worker.sendall(b"more than the end")
+    host.read(17)
+    host.carrier.stop()
+    host.carrier.order_supervisor({"op": "now"})
+    control.receive(relay.supervisor)
+    assert relay.orders[1:] == [(WAKE, 1), (STOP, 0)]
+
+
+def test_a_worker_that_looked_as_if_its_turn_had_ended_is_woken_again(pair: tuple[Host, Inside]) -> None:
+    """An attachment may look like the end of a turn; the host knows better, and waits for more."""
+    host, relay = pair
+    relay.worker.sendall(_DONE)
+    host.read(len(_DONE))
+    host.carrier.before_waiting()
+    host.carrier.before_waiting()
+    host.carrier.order_supervisor({"op": "now"})
+    control.receive(relay.supervisor)
+    assert relay.orders == [(WAKE, 0), (WAKE, 0)]
+
+
+def test_the_end_of_a_turn_by_its_looks() -> None:
+    assert ends_turn(_DONE)
+    others = [_DONE[:-1], _DONE + b"x", b"", b"RL", bytes(100), b"".join(dump_frame(["done", 1], [b"x"], max_bytes=1000))]
+    others.append(b"".join(dump_frame(["suspend", [], False], [], max_bytes=1000)))
+    assert not any(map(ends_turn, others))
+
+
+def test_the_end_of_a_container_comes_after_what_it_said(alone: tuple[Host, socket.socket]) -> None:
+    host, engine = alone
+    words = HEADER.pack(BYTES, STDOUT, 0, 5) + b"words" + HEADER.pack(MESSAGE, 0, 0, 12) + b'{"op": "d" }'
+    engine.sendall(_PIECE + len(words).to_bytes(4, "big") + words)
+    engine.shutdown(socket.SHUT_RDWR)
+    host.until(lambda: host.carrier.ended)
+    assert os.read(host.pipes[STDOUT], 100) == b"words"
+    assert host.report() == {"op": "d"}
+    assert control.receive(host.carrier.reports) is None
+    assert host.carrier.recv(1) == b""
+    with pytest.raises(BrokenPipeError):
+        host.carrier.wake(1)
+
+
+def test_ctrl_c_does_not_cut_a_frame_in_two() -> None:
+    came: list[str] = []
+
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        came.append("handled")
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    undivided = Undivided()
+
+    def work() -> None:
+        with undivided:
+            with undivided:
+                signal.raise_signal(signal.SIGINT)
+            came.append("whole")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert came == ["whole", "handled"]
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _BREACHES = {
@@ -227,17 +432,34 @@ _BREACHES = {
     "no op": HEADER.pack(MESSAGE, 0, 0, 2) + b"{}",
     "short vitals": HEADER.pack(VITALS, 0, 0, 3) + b"123",
     "a file for the host": HEADER.pack(FILE, DATA, 1, 1) + b"x",
+    "an order to the host": HEADER.pack(ORDER, 0, 0, 3) + b"\x01\0\0",
 }
 
 
 @pytest.mark.parametrize("breach", _BREACHES.values(), ids=_BREACHES)
-def test_a_breach_ends_the_stream(breach: bytes) -> None:
-    one, two = socket.socketpair()
-    host = End(one, reads_outputs=False)
-    host.thread.start()
-    two.sendall(HEADER.pack(ACK, STDOUT, 0, 10) + breach)
-    host.thread.join(PATIENCE)
-    assert isinstance(host.failed, StreamFailed)
-    host.free()
-    one.close()
-    two.close()
+def test_a_breach_ends_the_stream(alone: tuple[Host, socket.socket], breach: bytes) -> None:
+    host, engine = alone
+    words = HEADER.pack(ACK, STDOUT, 0, 10) + breach
+    engine.sendall(_PIECE + len(words).to_bytes(4, "big") + words)
+    host.until(lambda: host.carrier.ended)
+    assert control.receive(host.carrier.reports) is None
+
+
+def test_more_than_a_window_ends_the_stream(alone: tuple[Host, socket.socket]) -> None:
+    """A worker on gVisor that has opened the relay's stream: what the host keeps for it is bounded."""
+    host, engine = alone
+    frame: Any = HEADER.pack(BYTES, DATA, 1, 1 << 16) + bytes(1 << 16)
+    piece = _PIECE + len(frame).to_bytes(4, "big") + frame
+
+    def flood() -> None:
+        try:
+            for _ in range(100):
+                engine.sendall(piece)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=flood, daemon=True)
+    thread.start()
+    host.until(lambda: host.carrier.ended)
+    host.carrier.close()
+    thread.join(PATIENCE)

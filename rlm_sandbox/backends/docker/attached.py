@@ -27,7 +27,8 @@ class Attached:
         self._response = response  # docker-py's wrapper: it holds the connection
         self._sock: socket.socket = getattr(response, "_sock", response)
         self._sock.setblocking(False)
-        self.read_fd = self.write_fd = self._sock.fileno()
+        self.read_fd: int = self._sock.fileno()
+        self.write_fd = self.read_fd
         self._header = b""
         self._left = 0
         self._stream = 0

@@ -21,6 +21,7 @@ from ...runners import control
 from ...runners.framing import BYTES, CHUNK, DATA, FILE, STOP, WAKE, WINDOW, Framing, Port, StreamFailed
 from .attached import Attached
 from .contexts import SessionDirectory
+from .undivided import Undivided
 from .volumes import ContextVolume
 
 __all__ = ("Carrier",)
@@ -68,6 +69,7 @@ class Carrier(Framing):
         """Whether the stream has ended; what came before may still be waiting."""
         self.corked = True
         """Whether the worker is stopped: what is sent to it then goes with the order that wakes it."""
+        self._undivided = Undivided()
         self._stopped_since = self._stopped = False
         self._holding = False
         self.cpu_seconds: float | None = None
@@ -104,20 +106,21 @@ class Carrier(Framing):
 
     def serve(self) -> bool:
         """See `SharedStream.serve`."""
-        if not self.ended:
-            try:
-                self._take_stream()
-                if self._outbox and not self.corked:
-                    self._flush_stream()
-            except (StreamFailed, OSError, ValueError) as exc:
-                self._fail(exc)
-            except BaseException:  # a signal's handler raised in the middle of a frame
-                self._fail(InterruptedError("it was interrupted"))
-                raise
-        if self.ended or self.held:
-            self._pass_on()
-        passed, self._passed = self._passed, False
-        return passed
+        with self._undivided:
+            if not self.ended:
+                try:
+                    self._take_stream()
+                    if self._outbox and not self.corked:
+                        self._flush_stream()
+                except (StreamFailed, OSError, ValueError) as exc:
+                    self._fail(exc)
+                except BaseException:  # a signal's handler raised in the middle of a frame
+                    self._fail(InterruptedError("it was interrupted"))
+                    raise
+            if self.ended or self.held:
+                self._pass_on()
+            passed, self._passed = self._passed, False
+            return passed
 
     @property
     def held(self) -> bool:
@@ -149,11 +152,15 @@ class Carrier(Framing):
     def _flush_now(self) -> None:
         if self.ended:
             raise BrokenPipeError(errno.EPIPE, "the container is gone")
-        try:
-            self._flush_stream()
-        except (StreamFailed, OSError) as exc:
-            self._fail(exc)
-            raise BrokenPipeError(errno.EPIPE, "the container is gone") from None
+        with self._undivided:
+            try:
+                self._flush_stream()
+            except (StreamFailed, OSError) as exc:
+                self._fail(exc)
+                raise BrokenPipeError(errno.EPIPE, "the container is gone") from None
+            except BaseException:
+                self._fail(InterruptedError("it was interrupted"))
+                raise
 
     # ---- a data channel (`bridge.guest.DataChannel`)
 
