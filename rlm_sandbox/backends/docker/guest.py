@@ -248,12 +248,12 @@ class DockerGuest:
         if self._closed:
             return
         self._closed = True
-        if self._owner == os.getpid() and self._container:
-            self._engine.remove(self._container)
         if self._carrier is not None:
-            self._carrier.close()
+            self._carrier.close()  # the end of its standard input is the end of a container, too
         elif self._attached is not None:
             self._attached.close()
+        if self._owner == os.getpid() and self._container:
+            self._engine.remove(self._container)
         for fd in self.outputs:
             os.close(fd)
         if isinstance(self._contexts, SessionDirectory):
