@@ -154,7 +154,6 @@ class Relay(Multiplexer):
             return None
         # What the kernel shows includes the stack, which the limit does not: it may be above it.
         return cpu, (max(0, limit - pages * _PAGE_KB) if limit else -1), self._stopped
-        return cpu, (max(0, limit - pages * _PAGE_KB) if limit else -1), self._stopped
 
     def _take_worker(self, process: Process) -> None:
         if self._worker is not None:

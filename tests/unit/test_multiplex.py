@@ -40,7 +40,7 @@ from rlm_sandbox.runners.multiplex import Multiplexer
 from rlm_sandbox.waiting import is_readable
 from rlm_sandbox.wire.frames import dump_frame, ends_turn
 
-PATIENCE = 5.0
+PATIENCE = 30.0
 _PIECE = b"\x01\0\0\0"
 _DONE = b"".join(dump_frame(["done", "1", None, None, False, None], [], max_bytes=1000))
 
