@@ -204,7 +204,9 @@ ATTACKS: Final = (
     Attack("RUN-020", "close the way to the supervisor", "import os\nfor n in range(200, 256):\n    try: os.close(n)\n    except OSError: pass", after=SURVIVED),
     Attack(
         "RUN-021", "speak for the standby without end",
-        "import os, threading, socket\nbirth = socket.socket(fileno=os.dup(255))\nbirth.setblocking(False)\ndef speak():\n    while True:\n"
+        "import os, threading, socket\ndef find():\n    for n in (255, *range(3, 64)):\n        try: found = socket.socket(fileno=os.dup(n))\n"
+        "        except OSError: continue\n        if found.type == socket.SOCK_SEQPACKET: return found\n"
+        "birth = find()\nbirth.setblocking(False)\ndef speak():\n    while True:\n"
         "        for word in (b'H', b'F', b'L'):\n            try: birth.send(word)\n            except OSError: pass\n"
         "threading.Thread(target=speak, daemon=True).start()",
         after=SURVIVED,
