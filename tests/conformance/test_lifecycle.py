@@ -368,8 +368,8 @@ def test_ctrl_c_ends_the_cell_is_raised_and_leaves_the_session_usable(repl: REPL
 
 @pytest.mark.parametrize("code", ["while True: pass", "f()"], ids=["guest busy", "in a host call"])
 def test_ctrl_c_that_does_not_end_the_wait_is_noticed_all_the_same(open_session: OpenSession, code: str) -> None:
-    """See `unseen_ctrl_c`. The session's limit is far away."""
-    repl = open_session(limits=Limits(time_seconds=60))
+    """See `unseen_ctrl_c`. The session's limit is far away, and without recovery nothing else wakes the host meanwhile."""
+    repl = open_session(limits=Limits(time_seconds=60), recovery=False)
     never = threading.Event()
     repl.bind("f", lambda: never.wait(60))
     with unseen_ctrl_c() as press:
