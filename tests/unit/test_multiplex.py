@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("docker", reason="the extra 'docker' is not installed")
+
 from rlm_sandbox.backends.docker.attached import Attached
 from rlm_sandbox.backends.docker.carrier import Carrier
 from rlm_sandbox.backends.docker.contexts import SessionDirectory
