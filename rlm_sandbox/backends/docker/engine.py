@@ -46,6 +46,8 @@ _TIMEOUT_SECONDS: Final = 30
 _EVENT_SECONDS: Final = 0.5
 #: How long the end of the process waits for what other threads are opening.
 _END_SECONDS: Final = 10.0
+_BEING_REMOVED: Final = 409
+_REMOVAL_SECONDS: Final = 5
 _NO_ENGINE: Final = "start Docker, or give its address: DockerOptions(docker_host=...) or DOCKER_HOST"
 _BUILD: Final = "build it: make image"
 
@@ -257,8 +259,17 @@ class Engine:
             if self.api.inspect_container(container)["State"].get("Paused"):
                 self.api.unpause(container)
             self.api.remove_container(container, force=True, v=True)
+        except docker.errors.APIError as exc:
+            if exc.status_code == _BEING_REMOVED:  # by the engine, since it has ended; until then its volume is in use
+                self._await_removal(container)
         except (docker.errors.DockerException, requests.exceptions.RequestException, OSError, KeyError):
             pass  # gone already, or being removed, or the engine is
+
+    def _await_removal(self, container: str) -> None:
+        try:
+            self.api.wait(container, timeout=_REMOVAL_SECONDS, condition="removed")
+        except (docker.errors.DockerException, requests.exceptions.RequestException, OSError):
+            pass  # it is gone, or takes longer: the sweep finds it
 
 
 _engines: dict[str | None, Engine] = {}
