@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
-import threading
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -26,27 +26,13 @@ from .guest import Death, GuestLost
 from .handles import Binding, HandleTable
 from .host_pool import HostPool
 from .names import checked_name
+from .one_call import Call, Mark, OneCall
 from .verdict import from_guest, how_it_died, judge, killed_error, turn_error, worse
 
 __all__ = ("Session",)
 
 #: The echo of a cell; an honest guest cuts it at 20,000 and says so.
 _MAX_ECHO_CHARS: Final = 20_100
-
-
-class _Call:
-    """``with`` one call of a session. Written out, because a generator would cost as much as the rest of a call's checks."""
-
-    __slots__ = ("_session",)
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def __enter__(self) -> None:
-        self._session._enter_call()
-
-    def __exit__(self, *_exc: object) -> None:
-        self._session._leave_call()
 
 
 class Session(abc.ABC):
@@ -66,7 +52,7 @@ class Session(abc.ABC):
         self._config = config
         self._capabilities = capabilities
         self._limits = config.limits
-        self._lock = threading.Lock()
+        self._calls = OneCall()
         self._closed = False
         self._close_reason = "the session was closed"
         self._interrupted = False
@@ -191,11 +177,8 @@ class Session(abc.ABC):
         """See `REPLProtocol.exec`."""
         names = checked_read(code, read)
         narrowed = self._limits.narrowed(limits)
-        self._enter_call()
-        try:
+        with self._call():
             return self._exec(as_source(code), names, narrowed, on_output)
-        finally:
-            self._leave_call()
 
     def get(self, name: str, default: Any = None) -> Any:
         """See `REPLProtocol.get`."""
@@ -262,32 +245,34 @@ class Session(abc.ABC):
 
     # ---- one call at a time
 
-    def _call(self) -> _Call:
-        return _Call(self)
+    def _call(self) -> Call:
+        return Call(sys._getframe(1), self._enter_call, self._leave_call)
 
-    def _enter_call(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            self._check_open()  # a `close` on another thread holds the lock while it frees
+    def _enter_call(self, call: Mark) -> None:
+        if not self._calls.take(call):
+            self._check_open()  # a `close` on another thread has it while it frees
             raise SessionBusy("the session is running another call; wait for it, or use one session per thread")
         try:
             self._check_open()
             self._interrupted, self._running = False, True
         except BaseException:
-            self._leave_call()
+            self._leave_call(call)
             raise
 
-    def _leave_call(self) -> None:
+    def _leave_call(self, call: Mark) -> None:
         self._running = False
-        self._lock.release()
+        self._calls.give_back(call)
         self._free_if_closed()
 
     def _free_if_closed(self) -> None:
-        """Whoever comes last frees: a `close` that found the lock taken has left it to the call that held it."""
-        if self._closed and self._lock.acquire(blocking=False):
+        """Whoever comes last frees: a `close` that found the session taken has left it to the call that has it."""
+        if self._closed:
+            call = Mark(sys._getframe())
             try:
-                self._free()
+                if self._calls.take(call):
+                    self._free()
             finally:
-                self._lock.release()
+                self._calls.give_back(call)
 
     def _check_open(self) -> None:
         if self._owner != os.getpid():

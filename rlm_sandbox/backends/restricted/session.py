@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
@@ -17,6 +16,7 @@ from ...bridge.handles import HostCall, plain_copy
 from ...bridge.handles import Outcome as CallOutcome
 from ...bridge.host_pool import HostPool
 from ...bridge.names import checked_name
+from ...bridge.one_call import Call, Mark, OneCall
 from ...bridge.verdict import from_guest
 from ...errors import GuestError, LimitExceeded, SessionBusy, SessionClosed
 from ...limits import Limits
@@ -61,7 +61,7 @@ class RestrictedSession:
         self._config = config
         self._limits = config.limits
         self._capabilities = capabilities
-        self._lock = threading.Lock()
+        self._calls = OneCall()
         self._closed = ""
         self._pool = HostPool()
         self._bindings: dict[str, _Bound] = {}
@@ -104,11 +104,9 @@ class RestrictedSession:
         """See `REPLProtocol.close`. A cell that runs on another thread is told to end, and is not waited for."""
         self._closed = self._closed or _ENDED
         self.interrupt()
-        if self._lock.acquire(blocking=False):
-            try:
-                self._free()
-            finally:
-                self._lock.release()
+        call = Mark(sys._getframe())
+        if self._calls.take(call):
+            self._leave_call(call)
 
     def _free(self) -> None:
         self._pool.close()
@@ -299,23 +297,27 @@ class RestrictedSession:
 
     # ---- the life of the session
 
-    @contextlib.contextmanager
-    def _entered(self) -> Iterator[None]:
+    def _entered(self) -> Call:
         """One call at a time, on an open session."""
-        if not self._lock.acquire(blocking=False):
+        return Call(sys._getframe(1), self._enter_call, self._leave_call)
+
+    def _enter_call(self, call: Mark) -> None:
+        if not self._calls.take(call):
             if self._closed:
                 raise SessionClosed(f"the session {self._closed}; open a new one")
             raise SessionBusy("the session is running another call; wait for it, or interrupt() it")
+        if not self._closed and self._until is not None and time.monotonic() >= self._until:
+            self._closed = f"reached session_seconds={self._limits.session_seconds:g}"
+        if self._closed:
+            self._leave_call(call)
+            raise SessionClosed(f"the session {self._closed}; open a new one")
+
+    def _leave_call(self, call: Mark) -> None:
         try:
-            if not self._closed and self._until is not None and time.monotonic() >= self._until:
-                self._closed = f"reached session_seconds={self._limits.session_seconds:g}"
-            if self._closed:
-                raise SessionClosed(f"the session {self._closed}; open a new one")
-            yield
-        finally:
             if self._closed:
                 self._free()
-            self._lock.release()
+        finally:
+            self._calls.give_back(call)
 
     def _start(self) -> None:
         """Empty names, setup, bindings."""
