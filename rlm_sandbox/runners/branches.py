@@ -24,7 +24,7 @@ import socket
 import struct
 from typing import Final, NoReturn
 
-from . import control
+from ..wire import control
 from .notifications import read_notification, respond
 from .processes import Process
 from .supervisor import HELLO, Supervisor, kill, wait

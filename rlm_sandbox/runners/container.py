@@ -21,8 +21,9 @@ from typing import Final, NoReturn
 
 from ..confine import _syscalls_unsafe as raw
 from ..confine.steps import SessionConfinement, confine_in_container, confine_in_plain_container, confine_relay
+from ..wire import control
 from ..wire.frames import ends_turn
-from . import control, supervisor, worker
+from . import supervisor, worker
 from .framing import HEADER, INTERRUPT, MEASURE, MESSAGE, STDERR, STDOUT, STOP, WAKE, StreamFailed
 from .multiplex import Multiplexer
 from .plain_supervisor import PlainSupervisor

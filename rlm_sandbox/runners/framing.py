@@ -22,7 +22,7 @@ import hmac
 import struct
 from typing import Final, Protocol
 
-from . import control
+from ..wire import control
 
 __all__ = (
     "ACK", "BYTES", "CHUNK", "DATA", "FILE", "HEADER", "INTERRUPT", "MEASURE", "MESSAGE", "ORDER", "STDERR", "STDOUT", "STOP",

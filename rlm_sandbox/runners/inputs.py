@@ -13,7 +13,7 @@ import stat
 from typing import Final
 
 from ..confine import _syscalls_unsafe as raw
-from . import control
+from ..wire import control
 from .launcher import is_real_root
 
 __all__ = ("main",)

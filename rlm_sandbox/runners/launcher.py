@@ -17,7 +17,7 @@ from typing import Final
 
 from ..confine import _syscalls_unsafe as raw
 from ..confine import tree
-from . import control
+from ..wire import control
 
 __all__ = ("is_real_root", "main")
 

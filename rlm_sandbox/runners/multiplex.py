@@ -8,7 +8,7 @@ import socket
 import struct
 from typing import Final
 
-from . import control
+from ..wire import control
 from .framing import BYTES, CHUNK, DATA, WINDOW, Framing, Port, Stream
 
 __all__ = ("Multiplexer",)

@@ -19,7 +19,7 @@ from typing import Final
 
 from ..confine import _syscalls_unsafe as raw
 from ..confine.steps import confine_plain_worker, seal_worker
-from . import control
+from ..wire import control
 from .processes import ByPid, Process
 from .supervisor import CANNOT, HELLO, LISTENER, Supervisor
 

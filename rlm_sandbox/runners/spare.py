@@ -16,7 +16,8 @@ from typing import Final
 from ..confine import _syscalls_unsafe as raw
 from ..confine import landlock
 from ..confine.steps import Input, SessionConfinement, confine_supervisor, enter_namespaces
-from . import control, supervisor
+from ..wire import control
+from . import supervisor
 from .branches import Branch
 
 __all__ = ("Nursery",)

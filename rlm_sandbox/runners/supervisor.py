@@ -26,7 +26,8 @@ from typing import Any, Final, NoReturn
 
 from ..confine import _syscalls_unsafe as raw
 from ..confine.steps import InputUnreadable, confine_worker, seal_worker
-from . import control, worker
+from ..wire import control
+from . import worker
 from .notifications import read_notification, respond
 from .processes import ByPidfd, Process
 from .tasks import allow_tasks

@@ -16,9 +16,9 @@ import sys
 from contextlib import suppress
 from typing import Any, Final
 
+from ..wire import control
 from ..wire.frames import dump_frame
 from ..wire.messages import BindObject, Configure, Exec, Get, Message, Names, Resume, SetValue, dump_message
-from . import control
 from .branches import BIRTH_FD, Branch
 from .output import CellOutput
 from .worker import Worker

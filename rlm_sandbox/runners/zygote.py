@@ -20,7 +20,8 @@ from typing import Final
 from ..confine import _syscalls_unsafe as raw
 from ..confine import seccomp
 from ..confine.places import GUEST_PACKAGES
-from . import control, worker
+from ..wire import control
+from . import worker
 from .preloaded import PRELOADED
 from .spare import Nursery
 from .warm_up import warm_up

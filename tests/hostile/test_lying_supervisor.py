@@ -369,7 +369,8 @@ class FakeSupervisor:
 
 @pytest.fixture
 def jail(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[FakeSupervisor, bytes], None]], tuple[Any, Any]]]:
-    monkeypatch.setattr(jail_guest, "_RECOVER_SECONDS", 0.5)
+    monkeypatch.setattr(JailGuest, "recover_seconds", 0.5)
+    monkeypatch.setattr(JailGuest, "answer_seconds", 0.5)
     monkeypatch.setattr(jail_guest, "_START_SECONDS", 0.5)
     made: list[Any] = []
 

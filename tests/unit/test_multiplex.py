@@ -20,7 +20,6 @@ from rlm_sandbox.backends.docker.attached import Attached
 from rlm_sandbox.backends.docker.carrier import Carrier
 from rlm_sandbox.backends.docker.contexts import SessionDirectory
 from rlm_sandbox.backends.docker.undivided import Undivided
-from rlm_sandbox.runners import control
 from rlm_sandbox.runners.framing import (
     ACK,
     BYTES,
@@ -40,6 +39,7 @@ from rlm_sandbox.runners.framing import (
 )  # fmt: skip
 from rlm_sandbox.runners.multiplex import Multiplexer
 from rlm_sandbox.waiting import is_readable
+from rlm_sandbox.wire import control
 from rlm_sandbox.wire.frames import dump_frame, ends_turn
 
 PATIENCE = 30.0

@@ -17,8 +17,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ...runners import control
 from ...runners.framing import BYTES, CHUNK, DATA, FILE, STOP, WAKE, WINDOW, Framing, Port, StreamFailed
+from ...wire import control
 from .attached import Attached
 from .contexts import SessionDirectory
 from .undivided import Undivided

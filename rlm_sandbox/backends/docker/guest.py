@@ -16,8 +16,8 @@ from ...errors import BackendUnavailable
 from ...limits import Limits
 from ...options import DockerOptions
 from ...results import Stream
-from ...runners import control
 from ...runners.framing import INTERRUPT, MEASURE, STDERR, STDOUT
+from ...wire import control
 from .attached import Attached
 from .carrier import Carrier
 from .container import WAIT_SECONDS, create_container

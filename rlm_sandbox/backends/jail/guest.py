@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, Protocol
 
-from ...bridge import measured
-from ...bridge.guest import Death, GuestLost, Recovery, Report
-from ...context import Context, DataContext
+from ...bridge.guest import Death, GuestLost, Recovery
+from ...bridge.supervised import Refused, SupervisedGuest, death_of
 from ...errors import BackendUnavailable, InputRefused
 from ...options import JailOptions
 from ...registry import SessionConfig
-from ...results import Stream
-from ...runners import control
 from ...waiting import is_readable
+from ...wire import control
 from .cgroups import REMEDY, SessionGroup
 from .channels import channels, check_descriptors, pipes
 from .inputs import input_mounts
@@ -33,30 +29,8 @@ _SESSION_SLACK_SECONDS: Final = 60.0
 #: So it need not know to the second when a session that waited in a pool began: that would cost an order at each start.
 _CLOCK_SLACK_SECONDS: Final = 45.0
 _START_SECONDS: Final = 10.0
-#: Waking a standby or forking a worker takes about 1.5 ms, with 1 GB of small objects about 60 ms.
-_RECOVER_SECONDS: Final = 5.0
 #: Descriptors that a copy of a session needs in all, its own channels and the new ones of the original.
 _FOR_A_COPY: Final = 24
-#: What a supervisor says instead of doing what it was told.
-_REFUSALS: Final = ("refused", "gone")
-#: Field of /proc/PID/statm that counts data and stack, in pages; what RLIMIT_DATA bounds is at most that.
-_STATM_DATA: Final = 5
-_TICKET: Final = control.dump({"op": "ticket"})
-_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
-
-
-def _host_pid(pidfd: int) -> int:
-    """The pid, in the host's namespace, of the process behind a pidfd."""
-    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
-        if line.startswith("Pid:"):
-            pid = int(line.split()[1])
-            if pid > 0:  # else it is gone, or in another namespace, and the kernel would take the number for ourselves
-                return pid
-    raise GuestLost("a pidfd has no pid")
-
-
-class _Refused(Exception):
-    """The supervisor did not do it; nothing has changed."""
 
 
 class _Spawner(Protocol):
@@ -86,11 +60,8 @@ class _Family:
             return self._count == 0
 
 
-class JailGuest:
+class JailGuest(SupervisedGuest):
     """A guest in the jail. Not thread-safe: its session is."""
-
-    maps_contexts = True
-    stream = None
 
     def __init__(self, zygote: _Spawner, config: SessionConfig, family: _Family | None = None) -> None:
         limits = config.limits
@@ -99,11 +70,8 @@ class JailGuest:
         self._family = family or _Family()
         self._owner = os.getpid()
         self._zygote = zygote
-        self._generation = 1
-        self._supervisor = self._worker = self._statm = -1
-        self._worker_pid = 0
+        self._supervisor = -1
         self._clock_at = time.monotonic()
-        self._data_limit: int | None = None
         self._ran_out = False
         cpus = config.options.cpus if isinstance(config.options, JailOptions) else None
         # First, because it looks whether this process has the descriptors for all that follows.
@@ -119,8 +87,8 @@ class JailGuest:
         zygote.count(1)
         #: Whether the supervisor puts the workers it starts into the group.
         self._enters = False
-        self.data, data_theirs, self._control, control_theirs = sockets
-        self.outputs: Mapping[int, Stream] = {out_read: "stdout", err_read: "stderr"}
+        data, data_theirs, mine, control_theirs = sockets
+        super().__init__(data, mine, {out_read: "stdout", err_read: "stderr"})
         try:
             settings = {
                 "memory_mb": limits.memory_mb,
@@ -132,10 +100,6 @@ class JailGuest:
             with input_mounts(config.files) as (inputs, mounts), self._entrances(family) as entrances:
                 zygote.spawn({**settings, "inputs": inputs}, (*theirs, *mounts, *entrances))
                 self._enters = bool(entrances)
-            self.data.setblocking(False)
-            self._control.setblocking(False)
-            for fd in self.outputs:
-                os.set_blocking(fd, False)
             message, fds = self._receive(_START_SECONDS)
             if "input" in message:
                 remedy = "make it readable for the sandbox: on a root host a session runs as an id of its own (chmod o+r)"
@@ -159,13 +123,6 @@ class JailGuest:
             os.close(out_write)
             os.close(err_write)
 
-    def _let_go(self) -> None:
-        """Close what names the present worker."""
-        for fd in (self._worker, self._statm):
-            if fd >= 0:
-                os.close(fd)
-        self._worker = self._statm = -1
-
     @contextmanager
     def _entrances(self, family: _Family | None) -> Iterator[list[int]]:
         """Those of the group, for a supervisor of its own; a copy's worker is another supervisor's, of another group."""
@@ -179,11 +136,8 @@ class JailGuest:
             for fd in opened:
                 os.close(fd)
 
-    def _take_worker(self, pidfd: int, *, inside: bool) -> None:
-        """``inside``: it is in the group, where it put itself before it was a worker, or was born."""
-        self._let_go()
-        self._worker = pidfd
-        self._worker_pid = _host_pid(pidfd)
+    def _worker_taken(self, *, inside: bool) -> None:
+        """See `SupervisedGuest`: into the group with it, where it did not put itself before it was a worker, or was born."""
         if inside:
             return
         try:
@@ -191,34 +145,11 @@ class JailGuest:
         except OSError as exc:
             raise GuestLost(f"a worker cannot be put into its cgroup ({exc.strerror})") from None
 
+    def _starts_inside(self) -> bool:
+        """See `SupervisedGuest`."""
+        return self._enters
+
     # ---- control
-
-    @property
-    def control_fd(self) -> int:
-        """The supervisor's socket."""
-        return self._control.fileno()
-
-    def _receive(self, seconds: float) -> tuple[control.Message, list[int]]:
-        if not is_readable(self._control.fileno(), seconds):
-            raise GuestLost("the supervisor did not answer in time")
-        return self._received()
-
-    def _received(self) -> tuple[control.Message, list[int]]:
-        try:
-            got = control.receive(self._control)
-        except BlockingIOError:
-            raise
-        except (OSError, ValueError) as exc:
-            raise GuestLost(f"the supervisor's channel failed: {exc}") from None
-        if got is None:
-            raise GuestLost("the supervisor is gone")
-        return got
-
-    def _order(self, message: control.Message, fds: tuple[int, ...] = ()) -> None:
-        try:
-            control.send(self._control, message, fds)
-        except OSError as exc:
-            raise GuestLost(f"the supervisor is gone ({exc.strerror})") from None
 
     def restart_clock(self, seconds: float | None) -> None:
         """See `Guest.restart_clock`."""
@@ -227,87 +158,9 @@ class JailGuest:
             self._order({"op": "clock", "seconds": None if seconds is None else seconds + _SESSION_SLACK_SECONDS})
             self._clock_at = now
 
-    def report(self) -> Report | None:
-        """See `Guest.report`."""
-        try:
-            message, fds = self._received()
-        except BlockingIOError:
-            return None
-        for fd in fds:
-            os.close(fd)
-        return self._as_report(message)
-
-    def _as_report(self, message: control.Message) -> Report | None:
-        if message["op"] == "died":
-            return Report("died", self._death(message))
-        if message["op"] == "protected":
-            return Report("protected")
-        if message["op"] == "unprotected":
-            return Report("unprotected")
-        if message["op"] == "standby_died":
-            return Report("standby_died")
-        return None
-
-    def request_protection(self) -> None:
-        """See `Guest.request_protection`."""
-        try:
-            self._control.send(_TICKET)
-        except OSError as exc:
-            raise GuestLost(f"the supervisor is gone ({exc.strerror})") from None
-
     def drop_standby(self) -> None:
         """See `CopyingGuest.drop_standby`."""
         self._order({"op": "drop"})
-
-    def recover(self, *, fresh: bool) -> Recovery:
-        """See `Guest.recover`."""
-        # What belongs to the worker that is given up goes first: a host without a descriptor left can still recover.
-        self.data.close()
-        self._let_go()
-        recovery = self._replaced({"op": "fresh" if fresh else "recover"}, ())
-        if recovery is None:
-            raise GuestLost("the supervisor has lost its way")
-        return recovery
-
-    def _replaced(self, order: control.Message, outputs: tuple[int, ...]) -> Recovery | None:
-        """Another worker by ``order``, with a new data channel; None if there is none to be had and nothing has changed."""
-        self._generation += 1
-        try:
-            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        except OSError as exc:
-            raise GuestLost(f"there is no channel for a new worker ({exc.strerror})") from exc
-        mine.setblocking(False)
-        try:
-            self._order({**order, "generation": self._generation}, (theirs.fileno(), *outputs))
-            message, fds = self._answer("recovered", 1, _RECOVER_SECONDS)
-        except _Refused:
-            mine.close()
-            return None
-        except BaseException:
-            mine.close()
-            raise
-        finally:
-            theirs.close()
-        self.data.close()
-        self.data = mine
-        restored = message.get("state") == "restored"
-        self._take_worker(fds[0], inside=restored or self._enters)
-        return Recovery("restored" if restored else "fresh", self._death(message))
-
-    def _answer(self, op: str, count: int, seconds: float) -> tuple[control.Message, list[int]]:
-        """The supervisor's answer to an order, with ``count`` descriptors. Reports that crossed the order are dropped."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            message, fds = self._receive(left)
-            if message["op"] == op and len(fds) == count:
-                return message, fds
-            if message["op"] in _REFUSALS and not fds:
-                raise _Refused(message["op"])
-            for fd in fds:
-                os.close(fd)
-            if message["op"] == "died" and op != "recovered":
-                raise GuestLost("the worker died")
-        raise GuestLost("the supervisor did not answer in time")
 
     # ---- copies
 
@@ -315,7 +168,7 @@ class JailGuest:
         """See `CopyingGuest.branch`."""
         try:
             return JailGuest(_BranchOf(self), replace(self._config, files={}), self._family)  # its inputs are there already
-        except (BackendUnavailable, _Refused) as exc:
+        except (BackendUnavailable, Refused) as exc:
             raise GuestLost(f"there is no room for a copy ({exc})") from None
 
     def check_descriptors(self) -> None:
@@ -326,8 +179,8 @@ class JailGuest:
         """See `CopyingGuest.keep`."""
         self._order({"op": "keep", "key": key})
         try:
-            self._answer("kept", 0, _RECOVER_SECONDS)
-        except _Refused:
+            self._answer("kept", 0, self.recover_seconds)
+        except Refused:
             raise GuestLost("the supervisor has nothing to keep, or no room for it") from None
 
     def forget(self, key: int) -> None:
@@ -354,19 +207,17 @@ class JailGuest:
         return recovery
 
     def _death(self, message: control.Message) -> Death:
-        status, cpu, peak = message.get("status"), message.get("cpu"), message.get("maxrss_kb")
+        """See `SupervisedGuest`. The group knows what the kernel killed for its memory."""
+        death = death_of(message)
         self._ran_out = self._group.ran_out() or self._ran_out
         group_peak = self._group.peak_mb() if self._ran_out else None
-        own_peak = peak / 1024 if type(peak) is int and 0 <= peak < 1 << 50 else None
-        return Death(
-            status=status if type(status) is int and 0 <= status < 1 << 16 else None,
-            cpu_seconds=float(cpu) if isinstance(cpu, int | float) and 0 <= cpu < 1e9 else None,
-            peak_memory_mb=own_peak if group_peak is None else group_peak,
-            why=str(message.get("why", ""))[:200],
-            out_of_memory=self._ran_out and status == signal.SIGKILL,
+        return replace(
+            death,
+            peak_memory_mb=death.peak_memory_mb if group_peak is None else group_peak,
+            out_of_memory=self._ran_out and death.status == signal.SIGKILL,
         )
 
-    # ---- signals and measurements
+    # ---- signals
 
     def _signal(self, number: int) -> None:
         try:
@@ -387,37 +238,6 @@ class JailGuest:
         """See `Guest.interrupt`."""
         self._signal(signal.SIGINT)
 
-    def cpu_seconds(self) -> float | None:
-        """See `Guest.cpu_seconds`."""
-        return measured.cpu_seconds(self._worker_pid)
-
-    def peak_memory_mb(self) -> float | None:
-        """See `Guest.peak_memory_mb`."""
-        return measured.peak_memory_mb(self._worker_pid)
-
-    def memory_headroom_mb(self) -> float | None:
-        """See `Guest.memory_headroom_mb`."""
-        try:
-            if self._data_limit is None:  # the same for every worker of the session
-                limits = Path(f"/proc/{self._worker_pid}/limits").read_text()
-                value = next(line.split()[3] for line in limits.splitlines() if line.startswith("Max data size"))
-                self._data_limit = int(value) if value.isdigit() else 0
-            if self._statm < 0:
-                self._statm = os.open(f"/proc/{self._worker_pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
-            pages = int(os.pread(self._statm, 256, 0).split()[_STATM_DATA])
-        except (OSError, StopIteration, IndexError, ValueError):
-            return None
-        return (self._data_limit - pages * _PAGE) / (1024 * 1024) if self._data_limit else None
-
-    def grow_address_space(self, size: int) -> None:
-        """See `Guest.grow_address_space`. The supervisor moves the soft limit: a worker may not set limits."""
-        self._order({"op": "grow", "bytes": size})
-        self._answer("grown", 0, _START_SECONDS)
-
-    def open_context(self, context: Context | DataContext) -> int:
-        """See `Guest.open_context`. A description of the session's own: the host's has an offset, which sessions would share."""
-        return os.open(f"/proc/self/fd/{context.memory_file().fd}", os.O_RDONLY | os.O_CLOEXEC)
-
     # ---- the end
 
     def close(self) -> None:
@@ -435,12 +255,10 @@ class JailGuest:
                 is_readable(target, 2.0)
             except OSError:
                 pass
-        self.data.close()
-        self._control.close()
-        for fd in (*self.outputs, self._supervisor, self._worker, self._statm):
-            if fd >= 0:
-                os.close(fd)
-        self._supervisor = self._worker = self._statm = -1
+        self._close_channels()
+        if self._supervisor >= 0:
+            os.close(self._supervisor)
+            self._supervisor = -1
         if self._owner == os.getpid():
             self._group.close()  # last: of a copy, the supervisor ends the standby when it sees the socket's end
 
@@ -454,7 +272,7 @@ class _BranchOf:
     def spawn(self, settings: dict[str, Any], fds: tuple[int, ...]) -> None:
         """See `_Spawner`."""
         self._guest._order({"op": "branch", "seconds": settings["seconds"]}, fds)
-        self._guest._answer("branched", 0, _RECOVER_SECONDS)
+        self._guest._answer("branched", 0, self._guest.recover_seconds)
 
     def count(self, change: int) -> None:
         """See `Zygote.count`: a copy is a session of the same zygote."""

@@ -13,8 +13,8 @@ from typing import Final
 
 from ... import bundle
 from ...errors import BackendUnavailable, InputRefused
-from ...runners import control
 from ...waiting import is_readable
+from ...wire import control
 
 __all__ = ("check_inputs", "input_mounts")
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ... import bundle
 from ...errors import BackendUnavailable, InputRefused
-from ...runners import control
 from ...waiting import is_readable
+from ...wire import control
 from .library import guest_library
 
 if TYPE_CHECKING:
