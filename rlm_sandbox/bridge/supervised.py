@@ -7,6 +7,7 @@ for each worker, and what the kernel tells of the worker by its pidfd.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ class Refused(Exception):
 
 
 class SupervisedGuest:
-    """Those parts of a `Guest`. Not thread-safe: its session is. A subclass starts it, signals the worker, and ends it all."""
+    """Those parts of a `Guest`. Not thread-safe: its session is. A subclass starts it, and ends it all."""
 
     maps_contexts = True
     stream = None
@@ -229,6 +230,26 @@ class SupervisedGuest:
         restored = message.get("state") == "restored"
         self._take_worker(fds[0], inside=restored or self._starts_inside())
         return Recovery("restored" if restored else "fresh", self._death(message))
+
+    # ---- signals
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            signal.pidfd_send_signal(self._worker, number)
+        except ProcessLookupError:
+            pass  # it died; the supervisor reports it
+
+    def wake(self) -> None:
+        """See `Guest.wake`."""
+        self._signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """See `Guest.stop`."""
+        self._signal(signal.SIGSTOP)
+
+    def interrupt(self) -> None:
+        """See `Guest.interrupt`."""
+        self._signal(signal.SIGINT)
 
     # ---- measurements
 

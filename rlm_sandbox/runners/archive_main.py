@@ -26,7 +26,7 @@ def main() -> int:
         return 0
     if program == "container":
         container = importlib.import_module("rlm_guest.runners.container")
-        container.main()
+        container.main(sockets=numbers == ["sockets"])
     if program == "plain":
         plain = importlib.import_module("rlm_guest.runners.plain_child")
         return int(plain.main(*map(int, numbers)))

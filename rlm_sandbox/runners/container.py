@@ -1,8 +1,9 @@
-"""The first process of a session's container: it becomes the supervisor, after it has forked the relay.
+"""The first process of a session's container: it becomes the supervisor.
 
-The container is the isolation, so there are no namespaces to make and no tree to build. The attached standard input and
-output belong to the relay alone: the worker is forked by the supervisor, which has closed both. Standard error carries
-what an operator should read when a container does not start.
+The container is the isolation, so there are no namespaces to make and no tree to build. There are two ways to the host. With
+``sockets`` the process connects to one of the host's, which hands over the channels of a session. Else it forks the relay, to which
+alone the attached standard input and output belong: the worker is forked by the supervisor, which has closed both. Standard error
+carries what an operator should read when a container does not start.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from .preloaded import PRELOADED
 from .processes import ByPid, ByPidfd, Process
 from .zygote import ARENAS, own_sizes
 
-__all__ = ("CONTEXTS", "check", "main")
+__all__ = ("CONTEXTS", "HOST_SOCKET", "check", "main")
 
 #: Where the host hard-links the contexts of this session; a read-only mount.
 CONTEXTS: Final = "/ctx"
+#: There, for a session that is to connect: the host's socket, until it has.
+HOST_SOCKET: Final = "host"
 #: Where the image has the packages of its variant, and which of them are loaded before the first session.
 PACKAGES: Final = "/usr/lib/rlm_packages"
 _VARIANT_PACKAGES: Final = ("numpy", "pandas")
@@ -48,6 +51,8 @@ _PAGE_KB: Final = os.sysconf("SC_PAGE_SIZE") // 1024
 #: Where control groups of version 2 and 1 count what the kernel killed for the container's memory limit.
 _MEMORY_KILLS: Final = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 _SIGNALS: Final = {WAKE: signal.SIGCONT, STOP: signal.SIGSTOP, INTERRUPT: signal.SIGINT}
+#: What a host that speaks by sockets may have the supervisor send to the worker.
+_ORDERED_SIGNALS: Final = frozenset(map(int, _SIGNALS.values()))
 
 
 class _Attached:
@@ -205,6 +210,20 @@ class ContainerSupervisor(supervisor.Supervisor):
         before, self._kills = self._kills, self._memory_kills()
         return self._kills > before
 
+    def _obey(self, message: control.Message, fds: list[int]) -> bool:
+        """See `Supervisor._obey`. Signals to the worker, too: the host's user may have no right to send them."""
+        if message["op"] != "signal":
+            return super()._obey(message, fds)
+        number = message["number"]
+        if number not in _ORDERED_SIGNALS:
+            return False
+        try:
+            if self._worker is not None:
+                self._worker.signal(number)
+        except ProcessLookupError:
+            pass  # it died, which is reported
+        return True
+
 
 def _settings() -> control.Message:
     """The host's first frame: what this session may use."""
@@ -288,36 +307,65 @@ def check() -> int:
     return 0 if os.getuid() != 0 else 1
 
 
-def main() -> NoReturn:
-    """Be the session: does not return before it is over."""
+def main(*, sockets: bool) -> NoReturn:
+    """Be the session: does not return before it is over. ``sockets``: which way to the host is taken, see the module."""
     raw.limit_malloc_arenas(ARENAS)
     _preload()
     worker.prepare()
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    base_data, base_address_space = own_sizes(proc)
+    sizes = own_sizes(proc)
     os.close(proc)
     gc.collect()
     gc.freeze()
+    if sockets:
+        _be_connected(sizes)
+    _be_relayed(sizes)
+
+
+def _plan(settings: control.Message, sizes: tuple[int, int]) -> SessionConfinement:
+    return SessionConfinement(
+        kernel_id=None,
+        memory_mb=settings["memory_mb"],
+        disk_mb=settings["disk_mb"],
+        tasks=None,  # RLIMIT_NPROC counts a uid over all containers: the engine's pids limit does it
+        base_data=sizes[0],
+        base_address_space=sizes[1],
+    )
+
+
+def _be_connected(sizes: tuple[int, int]) -> NoReturn:
+    """Connect to the host's socket and be the supervisor of what it hands over: the worker's channel, and its outputs."""
+    _is_plain(permitted=False)
+    host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        host.connect(f"{CONTEXTS}/{HOST_SOCKET}")
+    except OSError as exc:
+        raise SystemExit(f"it cannot connect to its host ({exc.strerror})") from None
+    got = control.receive(host)
+    if got is None:
+        raise SystemExit(1)  # the host went away before it said what this session may use
+    settings, (data, out, err) = got
+    plan = _plan(settings, sizes)
+    supervisor.main(
+        lambda: confine_in_container(plan), set(), [data, host.detach(), out, err], settings["seconds"], ContainerSupervisor
+    )
+
+
+def _be_relayed(sizes: tuple[int, int]) -> NoReturn:
+    """Fork the relay, and be the supervisor of what the host says through it."""
     data, data_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     reports, reports_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     out_read, out_write = os.pipe()
     err_read, err_write = os.pipe()
     relay = os.fork()
     if relay == 0:
-        _run_relay(data, reports, {STDOUT: out_read, STDERR: err_read}, base_data)
+        _run_relay(data, reports, {STDOUT: out_read, STDERR: err_read}, sizes[0])
     reports.close()
     got = control.receive(reports_theirs)
     if got is None:
         raise SystemExit(1)  # the host went away before it said what this session may use
     settings, _ = got
-    plan = SessionConfinement(
-        kernel_id=None,
-        memory_mb=settings["memory_mb"],
-        disk_mb=settings["disk_mb"],
-        tasks=None,  # RLIMIT_NPROC counts a uid over all containers: the engine's pids limit does it
-        base_data=base_data,
-        base_address_space=base_address_space,
-    )
+    plan = _plan(settings, sizes)
     fds = [data_theirs.detach(), reports_theirs.detach(), out_write, err_write]
     if not _is_plain(bool(settings["plain"])):
         supervisor.main(lambda: confine_in_container(plan), set(), fds, settings["seconds"], ContainerSupervisor)

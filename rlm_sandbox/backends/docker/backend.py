@@ -6,6 +6,7 @@ from typing import Final
 
 from ...bridge.framed import FramedSession
 from ...bridge.grades import ALL_HARD
+from ...bridge.guest import Guest
 from ...errors import BackendUnavailable
 from ...options import BackendOptions, DockerOptions
 from ...protocol import Capabilities, Feature, REPLProtocol
@@ -13,7 +14,7 @@ from ...registry import Availability, SessionConfig
 from .container import memory_mb
 from .contexts import sweep
 from .engine import engine_for
-from .guest import DockerGuest
+from .opening import start_guest
 
 __all__ = ("BACKEND", "DockerBackend")
 
@@ -64,9 +65,9 @@ class DockerBackend:
         options = _options(config)
         engine = engine_for(options.docker_host)
 
-        def guest() -> DockerGuest:
+        def guest() -> Guest:
             with engine.opening():
-                return DockerGuest(engine, options, config.limits, recovery=config.recovery)
+                return start_guest(engine, options, config.limits, recovery=config.recovery)
 
         return FramedSession(guest, config, self.capabilities(config))
 

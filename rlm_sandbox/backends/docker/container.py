@@ -20,8 +20,8 @@ _USER: Final = "65534:65534"
 _PROCESSES: Final = 3
 #: Supervisor, relay and the interpreter's own pages; the base that every container has.
 OVERHEAD_MB: Final = 48
-#: Beside the worker's own: supervisor, relay, and for a moment two standbys.
-_TASKS: Final = 4
+#: Beside the worker's own: the supervisor, and for a moment two standbys.
+_TASKS: Final = 3
 #: A named runtime (gVisor's, say) has threads and memory of its own in the container's groups, and about two threads for
 #: each of the guest's. Measured with runsc 20221219: 45 threads and 60 MiB for an idle session.
 _RUNTIME_TASKS: Final = 192
@@ -42,8 +42,8 @@ def memory_mb(limits: Limits, *, recovery: bool, runtime: str | None = None) -> 
     return limits.memory_mb * (_PROCESSES if recovery else 1) + limits.disk_mb + own
 
 
-def _tasks(processes: int, runtime: str | None) -> int:
-    guests = processes + _TASKS
+def _tasks(processes: int, runtime: str | None, *, sockets: bool) -> int:
+    guests = processes + _TASKS + (0 if sockets else 1)  # the relay
     return guests if runtime is None else guests * _RUNTIME_TASKS_EACH + _RUNTIME_TASKS
 
 
@@ -56,14 +56,17 @@ def _tmpfs(disk_mb: int | None) -> str:
     return f"{base},size={disk_mb}m,nr_inodes={disk_mb * _INODES_PER_MB}"
 
 
-def container_settings(options: DockerOptions, limits: Limits, *, recovery: bool) -> dict[str, Any]:
-    """The hardening of a session's container, in the words of docker-py's ``create_host_config``."""
+def container_settings(options: DockerOptions, limits: Limits, *, recovery: bool, sockets: bool = False) -> dict[str, Any]:
+    """The hardening of a session's container, in the words of docker-py's ``create_host_config``.
+
+    ``sockets``: it is to connect to a socket of the host's instead of speaking on the attached stream.
+    """
     memory = memory_mb(limits, recovery=recovery, runtime=options.runtime)
     settings: dict[str, Any] = {
         "network_mode": "none",
         "read_only": True,
         "cap_drop": ["ALL"],
-        "security_opt": ["no-new-privileges", f"seccomp={seccomp_profile()}"],
+        "security_opt": ["no-new-privileges", f"seccomp={seccomp_profile(sockets=sockets)}"],
         "tmpfs": {"/tmp": _tmpfs(limits.disk_mb)},  # noqa: S108 - the container's own
         "ulimits": [
             Ulimit(name="core", soft=0, hard=0),
@@ -78,7 +81,7 @@ def container_settings(options: DockerOptions, limits: Limits, *, recovery: bool
     if memory is not None:
         settings["mem_limit"] = settings["memswap_limit"] = f"{memory}m"
     if limits.processes is not None:
-        settings["pids_limit"] = _tasks(limits.processes, options.runtime)
+        settings["pids_limit"] = _tasks(limits.processes, options.runtime, sockets=sockets)
     if limits.disk_mb is not None:
         size = max(1, limits.disk_mb) << 20
         settings["ulimits"].append(Ulimit(name="fsize", soft=size, hard=size))
@@ -89,13 +92,17 @@ def container_settings(options: DockerOptions, limits: Limits, *, recovery: bool
     return settings
 
 
-def create_container(engine: Engine, options: DockerOptions, limits: Limits, *, recovery: bool, contexts: Mount) -> str:
+def create_container(
+    engine: Engine, options: DockerOptions, limits: Limits, *, recovery: bool, contexts: Mount, sockets: bool
+) -> str:
     """Create a session's container, not started. ``contexts``: where its contexts will appear. Returns its id.
+
+    ``sockets``: see `container_settings`.
 
     Raises:
         BackendUnavailable: the engine refuses, or does not answer.
     """
-    settings = container_settings(options, limits, recovery=recovery)
+    settings = container_settings(options, limits, recovery=recovery, sockets=sockets)
     seconds = limits.session_seconds
     labels = {OWNER_LABEL: own_name(), RUN_LABEL: secrets.token_hex(8)}
     if seconds is not None:
@@ -104,7 +111,7 @@ def create_container(engine: Engine, options: DockerOptions, limits: Limits, *, 
         api = engine.api
         made = api.create_container(
             options.image,
-            command=["container"],
+            command=["container", "sockets"] if sockets else ["container"],
             user=_USER,
             hostname="sandbox",
             stdin_open=True,  # and once: when this process is gone, so is the container's standard input, and it ends

@@ -1,6 +1,6 @@
-"""Contexts as files beside containers: each text is written once and hard-linked into the directory of a session.
+"""What a session's container sees of its host: a directory, with the session's contexts, or a socket of the host's.
 
-The directory is mounted read-only when its container is created, and what is linked into it later appears there, so
+Each text is written once and hard-linked into the directories of sessions. The directory is mounted read-only when its container is created, and what is linked into it later appears there, so
 that attaching costs nothing in the size of the text and the page cache is shared by every container of the engine.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import threading
 import weakref
@@ -18,7 +19,7 @@ from typing import Final
 from docker.types import Mount
 
 from ...context import Context, DataContext
-from ...runners.container import CONTEXTS
+from ...runners.container import CONTEXTS, HOST_SOCKET
 from .engine import own_name, owner_is_alive
 
 __all__ = ("SessionDirectory", "stored_file", "sweep")
@@ -101,7 +102,7 @@ def stored_file(context: Context | DataContext) -> Path:
 
 
 class SessionDirectory:
-    """The contexts of one session, as its container sees them."""
+    """What one session's container sees below `CONTEXTS`."""
 
     def __init__(self) -> None:
         """Raises OSError if there is no place for it."""
@@ -121,6 +122,27 @@ class SessionDirectory:
         finally:
             os.close(proc)
         return name
+
+    def listen(self) -> socket.socket:
+        """A socket in it, to which the session's container, or who may enter the directory, can connect. The caller closes it.
+
+        Raises:
+            OSError: this process has no descriptors left.
+        """
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            # By a descriptor: the address of a socket has room for 107 bytes of path.
+            directory = os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                listener.bind(f"/proc/self/fd/{directory}/{HOST_SOCKET}")
+            finally:
+                os.close(directory)
+            (self.path / HOST_SOCKET).chmod(0o666)
+            listener.listen(1)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
 
     def mount(self) -> Mount:
         """What the session's container gets. As a mount, not a bind: an engine without that directory then refuses it."""

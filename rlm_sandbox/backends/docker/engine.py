@@ -120,6 +120,8 @@ class Engine:
         self.owner_pid = os.getpid()
         address = docker_host or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
         self.local = address.startswith("unix://")
+        self.shares_sockets = self.local
+        """Whether its containers can connect to a socket of this process, as far as is known."""
         if self.local:
             _knock(address.removeprefix("unix://"))
         self._tunnel = Tunnel(address) if address.startswith("ssh://") else None

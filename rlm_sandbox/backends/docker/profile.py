@@ -25,9 +25,16 @@ _START: Final = (
 _NAMESPACES: Final = 0x7E020000
 
 
+#: The one domain in which it may make a socket, to connect to its host's.
+_AF_UNIX: Final = 1
+
+
 @functools.cache
-def seccomp_profile() -> str:
-    """The profile as the engine takes it."""
+def seccomp_profile(*, sockets: bool = False) -> str:
+    """The profile as the engine takes it.
+
+    ``sockets``: the runner connects to a socket of the host's before it confines itself, which then takes that away.
+    """
     plain = sorted({*SUPERVISOR, *_START} - {"clone", "clone3", "vfork"})
     rules: list[dict[str, Any]] = [
         {"names": plain, "action": "SCMP_ACT_ALLOW"},
@@ -39,6 +46,10 @@ def seccomp_profile() -> str:
         # glibc falls back to clone, whose flags a filter can read.
         {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
     ]
+    if sockets:
+        domain = {"index": 0, "value": _AF_UNIX, "valueTwo": 0, "op": "SCMP_CMP_EQ"}
+        rules.append({"names": ["socket"], "action": "SCMP_ACT_ALLOW", "args": [domain]})
+        rules.append({"names": ["connect"], "action": "SCMP_ACT_ALLOW"})
     profile = {
         "defaultAction": "SCMP_ACT_ERRNO",
         "defaultErrnoRet": errno.EPERM,

@@ -217,26 +217,10 @@ class JailGuest(SupervisedGuest):
             out_of_memory=self._ran_out and death.status == signal.SIGKILL,
         )
 
-    # ---- signals
-
-    def _signal(self, number: int) -> None:
-        try:
-            signal.pidfd_send_signal(self._worker, number)
-        except ProcessLookupError:
-            pass  # it died; the supervisor reports it
-
     def wake(self) -> None:
         """See `Guest.wake`."""
         self._ran_out = False
-        self._signal(signal.SIGCONT)
-
-    def stop(self) -> None:
-        """See `Guest.stop`."""
-        self._signal(signal.SIGSTOP)
-
-    def interrupt(self) -> None:
-        """See `Guest.interrupt`."""
-        self._signal(signal.SIGINT)
+        super().wake()
 
     # ---- the end
 

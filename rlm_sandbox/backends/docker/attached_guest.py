@@ -1,4 +1,4 @@
-"""`DockerGuest`: one session's container, seen from the host: the descriptors of an ordinary guest, carried by its attached stream."""
+"""`AttachedGuest`: one session's container, seen from the host: the descriptors of an ordinary guest, carried by its attached stream."""
 
 from __future__ import annotations
 
@@ -9,27 +9,23 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from ...bridge.guest import Death, GuestLost, Recovery, Report
+from ...bridge.guest import GuestLost, Recovery, Report
 from ...bridge.readiness import becomes_ready
+from ...bridge.supervised import death_of
 from ...context import Context, DataContext
-from ...errors import BackendUnavailable
 from ...limits import Limits
 from ...options import DockerOptions
 from ...results import Stream
 from ...runners.framing import INTERRUPT, MEASURE, STDERR, STDOUT
 from ...wire import control
-from .attached import Attached
 from .carrier import Carrier
-from .container import WAIT_SECONDS, create_container
 from .contexts import SessionDirectory
-from .engine import Engine, mapped_errors
+from .engine import Engine
+from .session_container import SESSION_SLACK_SECONDS, START_SECONDS, SessionContainer
 from .volumes import volume_for
 
-__all__ = ("DockerGuest",)
+__all__ = ("AttachedGuest",)
 
-#: The host ends a session at ``session_seconds``; a supervisor whose host did not come back for it ends itself.
-_SESSION_SLACK_SECONDS: Final = 5.0
-_START_SECONDS: Final = 30.0
 _KEY_BYTES: Final = 32
 _ANSWER_SECONDS: Final = 10.0
 #: What is left of the 2 s that recovery may take is for another container: about 0.5 s.
@@ -38,22 +34,18 @@ _RECOVER_SECONDS: Final = 1.0
 _CLOCK_SECONDS: Final = 0.02
 
 
-class DockerGuest:
+class AttachedGuest:
     """A guest in a container. Not thread-safe: its session is."""
 
     maps_contexts = True
 
     def __init__(self, engine: Engine, options: DockerOptions, limits: Limits, *, recovery: bool) -> None:
         self._closed = False
-        self._owner = os.getpid()
-        self._engine = engine
         self._generation = 1
         self._turn = 0
         self._clock_asked = 0.0
-        self._container = ""
-        self._created = time.monotonic()
         self._contexts = SessionDirectory() if engine.local else volume_for(engine, options.image)
-        self._attached: Attached | None = None
+        self._container: SessionContainer | None = None
         self._carrier: Carrier | None = None
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
@@ -62,19 +54,14 @@ class DockerGuest:
             for fd in self.outputs:
                 os.set_blocking(fd, False)
             contexts = self._contexts.mount()
-            self._container = create_container(engine, options, limits, recovery=recovery, contexts=contexts)
-            with mapped_errors("attaching to a container"):
-                params = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
-                self._attached = Attached(engine.api.attach_socket(self._container, params=params))
-            self._carrier = Carrier(self._attached, {STDOUT: out_write, STDERR: err_write}, self._contexts)
-            with mapped_errors("starting a container"):
-                engine.api.start(self._container)
-            self._say_hello(options, limits, recovery=recovery)
-        except GuestLost as exc:
-            words = self._attached.words.decode("utf-8", "replace").strip().splitlines() if self._attached is not None else []
-            self.close()
-            last = f"; it said: {words[-1][:300]}" if words else ""
-            raise BackendUnavailable("docker", f"a container did not start ({exc}{last})", "run: rlm-sandbox doctor") from None
+            container = SessionContainer(engine, options, limits, recovery=recovery, contexts=contexts, sockets=False)
+            self._container = container
+            self._carrier = Carrier(container.attached, {STDOUT: out_write, STDERR: err_write}, self._contexts)
+            container.start()
+            try:
+                self._say_hello(options, limits, recovery=recovery)
+            except GuestLost as exc:
+                raise container.did_not_start(exc) from None
         except BaseException:
             self.close()
             raise
@@ -92,13 +79,13 @@ class DockerGuest:
             "disk_mb": limits.disk_mb,
             "plain": options.runtime is not None,
             "recovery": recovery,
-            "seconds": None if limits.session_seconds is None else limits.session_seconds + _SESSION_SLACK_SECONDS,
+            "seconds": None if limits.session_seconds is None else limits.session_seconds + SESSION_SLACK_SECONDS,
         }
         try:
             self._carried.settings(settings)
         except OSError as exc:
             raise GuestLost(f"the container is gone ({exc.strerror or exc})") from None
-        message = self._receive(_START_SECONDS)
+        message = self._receive(START_SECONDS)
         if message["op"] != "ready":
             raise GuestLost(f"a step of its confinement failed: {str(message.get('error', 'unknown'))[:300]}")
 
@@ -133,8 +120,7 @@ class DockerGuest:
         except (OSError, ValueError) as exc:
             raise GuestLost(f"the supervisor's channel failed: {exc}") from None
         if got is None:
-            out_of_memory = bool(self._container) and self._engine.ran_out_of_memory(self._container)
-            raise GuestLost("the container is gone", Death(out_of_memory=out_of_memory))
+            raise GuestLost("it ended") if self._container is None else self._container.gone()
         return got[0]
 
     def _order(self, message: control.Message) -> None:
@@ -145,9 +131,9 @@ class DockerGuest:
 
     def restart_clock(self, seconds: float | None) -> None:
         """See `Guest.restart_clock`."""
-        if time.monotonic() - self._created > WAIT_SECONDS:
-            raise GuestLost("it has waited for so long that sweeps of other hosts may soon take it for a leftover")
-        self._order({"op": "clock", "seconds": None if seconds is None else seconds + _SESSION_SLACK_SECONDS})
+        if self._container is not None:
+            self._container.check_age()
+        self._order({"op": "clock", "seconds": None if seconds is None else seconds + SESSION_SLACK_SECONDS})
 
     def report(self) -> Report | None:
         """See `Guest.report`."""
@@ -157,7 +143,7 @@ class DockerGuest:
         if message["op"] in ("protected", "unprotected"):
             self._carried.corked = True  # the supervisor has stopped the worker
         if message["op"] == "died":
-            return Report("died", _death(message))
+            return Report("died", death_of(message))
         if message["op"] == "protected":
             return Report("protected")
         if message["op"] == "unprotected":
@@ -190,7 +176,7 @@ class DockerGuest:
         while (message := self._receive(max(0.01, until - time.monotonic())))["op"] != "recovered":
             pass  # reports that crossed the order: of the worker that is gone now
         carrier.corked = False
-        return Recovery("restored" if message["state"] == "restored" else "fresh", _death(message))
+        return Recovery("restored" if message["state"] == "restored" else "fresh", death_of(message))
 
     # ---- signals and measurements
 
@@ -250,22 +236,11 @@ class DockerGuest:
         self._closed = True
         if self._carrier is not None:
             self._carrier.close()  # the end of its standard input is the end of a container, too
-        elif self._attached is not None:
-            self._attached.close()
-        if self._owner == os.getpid() and self._container:
-            self._engine.remove(self._container)
+        elif self._container is not None:
+            self._container.attached.close()
+        if self._container is not None:
+            self._container.remove()
         for fd in self.outputs:
             os.close(fd)
         if isinstance(self._contexts, SessionDirectory):
             self._contexts.close()
-
-
-def _death(message: control.Message) -> Death:
-    status, cpu, peak = message.get("status"), message.get("cpu"), message.get("maxrss_kb")
-    return Death(
-        status=status if type(status) is int and 0 <= status < 1 << 16 else None,
-        cpu_seconds=float(cpu) if isinstance(cpu, int | float) and 0 <= cpu < 1e9 else None,
-        peak_memory_mb=peak / 1024 if type(peak) is int and 0 <= peak < 1 << 50 else None,
-        why=str(message.get("why", ""))[:200],
-        out_of_memory=message.get("oom") is True,
-    )
