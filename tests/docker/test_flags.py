@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,28 @@ from .conftest import ours, until
 LIMITS = Limits(memory_mb=100, disk_mb=8, processes=20, session_seconds=300)
 
 
+@pytest.fixture(params=["auto", "attached"])
+def channel(request: pytest.FixtureRequest) -> Any:
+    """By a socket of this process, where that can be; by the attached stream."""
+    return request.param
+
+
 @pytest.fixture
-def found(api: Any) -> Any:
+def found(api: Any, channel: Any) -> Any:
     """What the engine says of a running session's container."""
-    with open_repl("docker", limits=LIMITS, options=DockerOptions(cpus=0.5)):
+    with open_repl("docker", limits=LIMITS, options=DockerOptions(cpus=0.5, channel=channel)):
         (container,) = ours(api, own_name())
         yield api.inspect_container(container["Id"])
 
 
-def test_the_engine_runs_it_as_asked(found: dict[str, Any]) -> None:
+@pytest.fixture
+def repl(api: Any, channel: Any) -> Iterator[REPLProtocol]:
+    """A session with the default limits."""
+    with open_repl("docker", options=DockerOptions(channel=channel)) as session:
+        yield session
+
+
+def test_the_engine_runs_it_as_asked(found: dict[str, Any], channel: Any) -> None:
     config, host = found["Config"], found["HostConfig"]
     assert config["User"] == "65534:65534"
     assert config["Hostname"] == "sandbox"
@@ -39,9 +54,9 @@ def test_the_engine_runs_it_as_asked(found: dict[str, Any]) -> None:
     assert not host["CapAdd"]
     assert not host["Devices"]
     assert "no-new-privileges" in host["SecurityOpt"]
-    assert f"seccomp={seccomp_profile()}" in host["SecurityOpt"]
+    assert f"seccomp={seccomp_profile(sockets=channel == 'auto')}" in host["SecurityOpt"]
     assert host["Memory"] == host["MemorySwap"] == (3 * 100 + 8 + 48) << 20
-    assert host["PidsLimit"] == 24
+    assert host["PidsLimit"] == (23 if channel == "auto" else 24)
     assert host["NanoCpus"] == 500_000_000
     assert host["IpcMode"] == "private"
     assert host["LogConfig"]["Type"] == "none"
@@ -63,15 +78,15 @@ def test_no_environment_but_the_engines_path(found: dict[str, Any]) -> None:
     assert names <= {"PATH"}
 
 
-def test_the_kernel_says_so_of_every_process(api: Any, repl: REPLProtocol) -> None:
+def test_the_kernel_says_so_of_every_process(api: Any, repl: REPLProtocol, channel: Any) -> None:
     assert repl.exec("x = 1").outcome == "ok"
     (container,) = ours(api, own_name())
     pids: list[int] = []
 
     def settled() -> bool:
-        """Supervisor, relay, worker and standby; for a moment after a cell there are two standbys."""
+        """Supervisor, worker and standby, and the relay on the attached stream; for a moment after a cell there are two standbys."""
         pids[:] = [int(row[0]) for row in api.top(container["Id"], ps_args="-eo pid")["Processes"]]
-        return len(pids) == 4
+        return len(pids) == (3 if channel == "auto" else 4)
 
     until(settled)
     for pid in pids:
@@ -90,13 +105,16 @@ def test_the_kernel_says_so_of_every_process(api: Any, repl: REPLProtocol) -> No
 
 
 _LOOK = """
-import os, socket
+import ctypes, os, socket
 def tried(function, *args):
     try:
         function(*args)
     except Exception as exc:
         return type(exc).__name__
     return "done"
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*args):
+    return libc.syscall(*args), ctypes.get_errno()
 seen = {
     "environment": dict(os.environ), "uid": os.getuid(), "host": os.uname().nodename, "cwd": os.getcwd(),
     "socket": tried(socket.socket), "unix": tried(socket.socket, socket.AF_UNIX),
@@ -104,18 +122,21 @@ seen = {
     "tmp": tried(open, "/tmp/x", "w"), "fork": tried(os.fork), "exec": tried(os.execv, "/usr/lib/rlm_python", ["python"]),
     "supervisor memory": tried(open, "/proc/1/mem", "rb"), "supervisor stream": tried(os.listdir, "/proc/1/fd"),
     "kill": tried(os.kill, 1, 9), "sys": tried(open, "/proc/sys/kernel/core_pattern", "w"),
+    "connect": call(42, -1, 0, 0), "raw socket": call(41, 1, 5, 0), "contexts": os.listdir("/ctx"),
     "open": sorted(fd for fd in range(64) if tried(os.fstat, fd) == "done"),
 }
 """
 
 
-def test_what_a_cell_finds(repl: REPLProtocol) -> None:
+def test_what_a_cell_finds(repl: REPLProtocol, channel: Any) -> None:
     repl.bind("ctx", Context.from_text("text"))
     result = repl.exec(_LOOK, read=("seen",))
     assert result.outcome == "ok", result.error
     seen = result.read["seen"]
     descriptors = seen.pop("open")
     assert len(descriptors) <= 5, descriptors  # three standard ones, the data channel, and the birth socket
+    # The way by which a container connects to its host is gone before a cell runs; a context comes by a descriptor then.
+    assert len(seen.pop("contexts")) == (0 if channel == "auto" else 1)
     assert seen == {
         "environment": {},
         "uid": 65534,
@@ -123,9 +144,11 @@ def test_what_a_cell_finds(repl: REPLProtocol) -> None:
         "cwd": "/tmp",
         "socket": "PermissionError",
         "unix": "PermissionError",
+        "connect": (-1, errno.EPERM),
+        "raw socket": (-1, errno.EPERM),
         "root": "OSError",
         "usr": "OSError",
-        "context": "OSError",
+        "context": "FileNotFoundError" if channel == "auto" else "OSError",
         "tmp": "done",
         "fork": "PermissionError",
         "exec": "PermissionError",
@@ -136,9 +159,17 @@ def test_what_a_cell_finds(repl: REPLProtocol) -> None:
     }
 
 
-def test_the_profile_is_an_allow_list_without_the_dangerous_calls() -> None:
-    profile = json.loads(seccomp_profile())
+@pytest.mark.parametrize("sockets", [False, True])
+def test_the_profile_is_an_allow_list_without_the_dangerous_calls(sockets: bool) -> None:
+    profile = json.loads(seccomp_profile(sockets=sockets))
     assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
+    if sockets:  # the runner's way to its host, which its own filters close before there is a cell: unix sockets only
+        unix = {"index": 0, "value": 1, "valueTwo": 0, "op": "SCMP_CMP_EQ"}
+        *_, socket_rule, connect_rule = profile["syscalls"]
+        assert socket_rule == {"names": ["socket"], "action": "SCMP_ACT_ALLOW", "args": [unix]}
+        assert connect_rule == {"names": ["connect"], "action": "SCMP_ACT_ALLOW"}
+        profile["syscalls"] = profile["syscalls"][:-2]
+        assert profile == json.loads(seccomp_profile())
     allowed = {name for rule in profile["syscalls"] if rule["action"] == "SCMP_ACT_ALLOW" for name in rule["names"]}
     forbidden = {
         "socket", "connect", "bind", "mount", "umount2", "pivot_root", "unshare", "setns", "ptrace", "process_vm_readv", "bpf",

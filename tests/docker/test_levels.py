@@ -23,10 +23,13 @@ from .conftest import ours, until
 PATIENCE = 10.0
 
 
-@pytest.fixture(params=[None, "runsc"], ids=["default", "gvisor"])
+@pytest.fixture(
+    params=[DockerOptions(), DockerOptions(channel="attached"), DockerOptions(runtime="runsc")],
+    ids=["default", "attached", "gvisor"],
+)
 def brief(api: Any, request: pytest.FixtureRequest) -> Iterator[REPLProtocol]:
-    """A session whose cells have one second, on each runtime."""
-    with open_repl("docker", limits=Limits(time_seconds=1.0), options=DockerOptions(runtime=request.param)) as session:
+    """A session whose cells have one second, on each runtime, and each way to the default one."""
+    with open_repl("docker", limits=Limits(time_seconds=1.0), options=request.param) as session:
         assert session.exec("x = 41").ok
         yield session
 

@@ -55,9 +55,9 @@ def test_fifty_sessions_leave_nothing(api: Any) -> None:
 
 _HOST = """
 import sys, time
-from rlm_sandbox import open_repl
+from rlm_sandbox import DockerOptions, open_repl
 from rlm_sandbox.backends.docker.engine import own_name
-sessions = [open_repl("docker") for _ in range(2)]
+sessions = [open_repl("docker", options=DockerOptions(channel={channel!r})) for _ in range(2)]
 sessions[0].exec("x = 1")
 print(own_name(), flush=True)
 {then}
@@ -71,11 +71,12 @@ time.sleep(600)
 """
 
 
+@pytest.mark.parametrize("channel", ["auto", "attached"])
 @pytest.mark.parametrize(
     "then", ["time.sleep(600)", "sessions[0].exec('while True: pass')", _FORKED], ids=["idle", "busy", "forked"]
 )
-def test_a_killed_host_leaves_no_container(api: Any, then: str) -> None:
-    host = subprocess.Popen([sys.executable, "-c", _HOST.format(then=then)], stdout=subprocess.PIPE, text=True)
+def test_a_killed_host_leaves_no_container(api: Any, then: str, channel: str) -> None:
+    host = subprocess.Popen([sys.executable, "-c", _HOST.format(then=then, channel=channel)], stdout=subprocess.PIPE, text=True)
     assert host.stdout is not None
     try:
         owner = host.stdout.readline().strip()
@@ -85,7 +86,7 @@ def test_a_killed_host_leaves_no_container(api: Any, then: str) -> None:
         host.send_signal(signal.SIGKILL)
         host.wait()
         host.stdout.close()
-    # Their standard input ends with the host, and so do they: no sweep is needed.
+    # Their standard input, or their socket, ends with the host, and so do they: no sweep is needed.
     until(lambda: not ours(api, owner), 10.0)
     prune("docker")
     assert not [path for path in contexts._base().glob("rlm-sandbox-docker.*") if owner in path.name]
@@ -180,9 +181,24 @@ def test_a_killed_supervisor_costs_the_state_and_not_the_session(api: Any, repl:
 # ---- contexts
 
 
-def test_a_context_is_one_file_for_all_sessions(api: Any) -> None:
+def test_a_context_by_a_socket_is_the_hosts_own_memory(api: Any) -> None:
+    """No file is written, and nothing appears in the container: its memory file comes by a descriptor."""
     context = Context.from_text("abc" * 100_000)
     with open_repl("docker") as first, open_repl("docker") as second:
+        for repl in (first, second):
+            repl.bind("ctx", context)
+            assert repl.exec("ctx.len_chars()").value == "300000"
+            assert repl.exec("import os\nos.listdir('/ctx')").value == "[]"
+        assert context not in contexts._files
+        assert first.exec("import os\nos._exit(1)").state == "restored"
+        assert first.exec("ctx.find('abc')[0]").value == "(0, 3, 'abc')"
+
+
+def test_a_context_is_one_file_for_all_sessions(api: Any) -> None:
+    """On the attached stream, which carries no descriptors."""
+    context = Context.from_text("abc" * 100_000)
+    attached = DockerOptions(channel="attached")
+    with open_repl("docker", options=attached) as first, open_repl("docker", options=attached) as second:
         for repl in (first, second):
             repl.bind("ctx", context)
             assert repl.exec("ctx.len_chars()").value == "300000"

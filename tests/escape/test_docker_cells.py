@@ -24,8 +24,12 @@ from . import test_jail_cells, test_jail_recovery
 from .conftest import SMALL
 from .outside import KEPT, SURVIVED, TOOLS, Attack, Listener, everything_said, wait_until, within
 
-RUNTIMES: Final = (None, "runsc")
-#: Supervisor, relay, worker, standby.
+WAYS: Final = {
+    "default": DockerOptions(),
+    "attached": DockerOptions(channel="attached"),
+    "gvisor": DockerOptions(runtime="runsc"),
+}
+#: Supervisor, worker, standby, and the relay on the attached stream.
 PROCESSES_OF_A_CONTAINER: Final = 4
 #: Recovery by another container, and the time that a loaded machine takes for one on gVisor.
 RECOVERY_SECONDS: Final = 6.0
@@ -35,16 +39,22 @@ LOOSE_ON_GVISOR: Final = frozenset({"RUN-021", *(attack.id for attack in test_ja
 LIMITED_ON_GVISOR: Final = frozenset({"PIDS-003", "DISK-002"})
 
 
-@pytest.fixture(params=RUNTIMES, ids=["default", "gvisor"], scope="module")
-def runtime(request: pytest.FixtureRequest) -> str | None:
-    """A runtime that works here."""
-    name: str | None = request.param
+@pytest.fixture(params=WAYS.values(), ids=list(WAYS), scope="module")
+def options(request: pytest.FixtureRequest) -> DockerOptions:
+    """A runtime that works here, and a way to it."""
+    wanted: DockerOptions = request.param
     try:
-        state = load_backend("docker").probe(DockerOptions(runtime=name))
+        state = load_backend("docker").probe(wanted)
     except BackendUnavailable as exc:
         state = Availability(False, exc.reason, exc.remedy)
     require_usable("docker", state)
-    return name
+    return wanted
+
+
+@pytest.fixture(scope="module")
+def runtime(options: DockerOptions) -> str | None:
+    """Its name."""
+    return options.runtime
 
 
 class ContainerProcesses:
@@ -122,9 +132,9 @@ def processes(runtime: str | None) -> Iterator[ContainerProcesses]:
 
 
 @pytest.fixture
-def repl(runtime: str | None, processes: ContainerProcesses) -> Iterator[REPLProtocol]:
+def repl(options: DockerOptions, processes: ContainerProcesses) -> Iterator[REPLProtocol]:
     """A session with small limits."""
-    with open_repl("docker", limits=replace(SMALL, time_seconds=10.0), options=DockerOptions(runtime=runtime)) as session:
+    with open_repl("docker", limits=replace(SMALL, time_seconds=10.0), options=options) as session:
         yield session
 
 
@@ -269,14 +279,14 @@ len(seen) > 100, sum(found)
 """
 
 
-def test_a_session_finds_nothing_of_another(repl: REPLProtocol, processes: ContainerProcesses, runtime: str | None) -> None:
+def test_a_session_finds_nothing_of_another(repl: REPLProtocol, processes: ContainerProcesses, options: DockerOptions) -> None:
     """Files, contexts, processes and shared memory of a session that runs beside it."""
     token = os.urandom(12).hex()
     repl.set("token", token)
     repl.bind("ctx", Context.from_text(token * 100))
     assert repl.exec("open('/tmp/' + token, 'w').write(token * 100)\nctx.len_chars()").value == "2400"
     assert repl.exec(_SEARCH).value != "(True, 0)"  # the search finds what is there
-    with open_repl("docker", limits=replace(SMALL, time_seconds=10.0), options=DockerOptions(runtime=runtime)) as other:
+    with open_repl("docker", limits=replace(SMALL, time_seconds=10.0), options=options) as other:
         other.set("token", token)
         searched = other.exec(_SEARCH)
         assert (searched.outcome, searched.value) == ("ok", "(True, 0)"), searched.error

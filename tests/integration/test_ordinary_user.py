@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import stat
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-import rlm_sandbox
+from ..ordinary_user import copied, interpreter
 
 NOBODY = 65534
 _SCRIPT = """
@@ -38,41 +33,17 @@ print(json.dumps([os.getuid(), first.value, killed.state, after.value, inside.va
 """
 
 
-def _readable_by_all(path: Path) -> bool:
-    """Whether any user can reach and execute it: every directory on the way lets others through."""
-    resolved = path.resolve()
-    return all(part.stat().st_mode & stat.S_IXOTH for part in (resolved, *resolved.parents))
-
-
-def _interpreter() -> str:
-    """An interpreter from 3.11 on that a user without privileges may run."""
-    for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        path = Path(candidate)
-        if path.exists() and _readable_by_all(path):
-            found = subprocess.run(
-                [candidate, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True
-            )
-            if found.stdout.strip() == "True":
-                return candidate
-    pytest.skip("there is no interpreter from 3.11 on that an ordinary user can execute (home directories are closed)")
-
-
 @pytest.fixture
 def package() -> Iterator[str]:
     """A copy of the package that everybody can read."""
-    directory = Path(tempfile.mkdtemp())
-    directory.chmod(0o755)
-    shutil.copytree(Path(rlm_sandbox.__file__).parent, directory / "rlm_sandbox", ignore=shutil.ignore_patterns("__pycache__"))
-    for path in directory.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    yield str(directory)
-    shutil.rmtree(directory)
+    with copied("rlm_sandbox") as directory:
+        yield directory
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="the suite runs as an ordinary user anyway")
 def test_the_jail_works_for_a_user_without_privileges(package: str) -> None:
     done = subprocess.run(
-        [_interpreter(), "-c", _SCRIPT],
+        [interpreter(), "-c", _SCRIPT],
         env={"PYTHONPATH": package, "PYTHONDONTWRITEBYTECODE": "1"},
         cwd="/",
         user=NOBODY,
