@@ -7,6 +7,7 @@
 #
 #   scripts/docker_engine.sh          the engine
 #   scripts/docker_engine.sh base     also a base image without a registry (debootstrap); prints its name
+#   scripts/docker_engine.sh ssh      also a server of ssh, which is not started: the tests start one of their own
 set -euo pipefail
 
 BASE_TAG="rlm-sandbox-base:bookworm"
@@ -16,36 +17,47 @@ policy=/usr/sbin/policy-rc.d
 
 say() { echo "docker_engine: $*" >&2; }
 
-install_packages() {
-    local wanted=()
-    command -v dockerd >/dev/null || wanted+=(docker.io iptables)
-    command -v runsc >/dev/null || wanted+=(runsc)
-    command -v debootstrap >/dev/null || wanted+=(debootstrap)
-    [[ ${#wanted[@]} -eq 0 ]] && return
-    say "installing ${wanted[*]}"
-    # The package would start an engine that knows no gVisor; ours could not start beside it.
+# install PACKAGE...: without starting what they would start. The engine's package would start one that knows no gVisor, and
+# ours could not start beside it.
+install() {
+    say "installing $*"
     if [[ ! -e "$policy" ]]; then
         trap 'rm -f "$policy"' EXIT
         printf '#!/bin/sh\nexit 101\n' > "$policy"
         chmod 755 "$policy"
     fi
     apt-get update -qq
-    if ! DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${wanted[@]}" >&2; then
-        # Not every release has gVisor; the engine works without it.
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends docker.io iptables debootstrap >&2
-    fi
+    local done=0
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2 || done=$?
     if [[ -n "$(trap -p EXIT)" ]]; then
         rm -f "$policy"
         trap - EXIT
     fi
+    return "$done"
 }
+
+install_packages() {
+    local wanted=()
+    command -v dockerd >/dev/null || wanted+=(docker.io iptables)
+    command -v runsc >/dev/null || wanted+=(runsc)
+    command -v debootstrap >/dev/null || wanted+=(debootstrap)
+    [[ ${#wanted[@]} -eq 0 ]] && return
+    # Not every release has gVisor; the engine works without it.
+    install "${wanted[@]}" || install docker.io iptables debootstrap
+}
+
+is_engine() { [[ -r "/proc/$1/comm" && "$(cat "/proc/$1/comm")" == dockerd ]]; }
 
 start_engine() {
     mkdir -p "$state"
+    local before
+    before="$(cat /var/run/docker.pid 2>/dev/null || true)"
     for _ in $(seq 60); do # one that is just ending keeps its pid file until its containers are gone
-        [[ -f /var/run/docker.pid ]] && kill -0 "$(cat /var/run/docker.pid)" 2>/dev/null || break
+        [[ -n "$before" ]] && is_engine "$before" || break
         sleep 0.5
     done
+    # One that was killed leaves the file, and the number may be another process's by now, which an engine would take for one that runs.
+    [[ -n "$before" ]] && ! is_engine "$before" && rm -f /var/run/docker.pid
     local runtimes='{}'
     # This runtime has no network of its own to offer, and works where neither KVM nor systrap does.
     if command -v runsc >/dev/null; then
@@ -86,4 +98,8 @@ if [[ "${1:-}" == base ]]; then
         tar -C "$rootfs" -c . | docker import - "$BASE_TAG" >&2
     fi
     echo "$BASE_TAG"
+fi
+
+if [[ "${1:-}" == ssh && ! -x /usr/sbin/sshd ]]; then
+    install openssh-server openssh-client
 fi

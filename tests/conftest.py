@@ -34,6 +34,7 @@ TIMEOUT_SECONDS = 60
 #: Options of a backend under which it is another thing, and passes the tests of the contract once more.
 VARIANTS: dict[str, tuple[str, BackendOptions | None]] = {
     **{name: (name, None) for name in backend_names()},
+    "docker-attached": ("docker", DockerOptions(channel="attached")),
     "docker-runsc": ("docker", DockerOptions(runtime="runsc")),
     "restricted-process": ("restricted", RestrictedOptions(process=True)),
     "restricted-plain": ("restricted", RestrictedOptions(process="plain")),
@@ -53,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="NAME",
         help="run the tests of the contract on this backend only; may be repeated (default: every backend of the registry, and "
-        "docker-runsc (gVisor), restricted-process and restricted-plain)",
+        "docker-attached (by the attached stream), docker-runsc (gVisor), restricted-process and restricted-plain)",
     )
 
 
