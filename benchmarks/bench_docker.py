@@ -21,7 +21,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any, Final
 
 import docker
@@ -131,34 +132,51 @@ def timed(run: Callable[[], object]) -> float:
     return _now() - started
 
 
+def ways(options: DockerOptions) -> dict[str, DockerOptions]:
+    """The ways to a container that there are with these options, the usual one first."""
+    if options.runtime is not None:
+        return {"": options}
+    return {"": options, ", signals by order": options, ", attached stream": replace(options, channel="attached")}
+
+
 def messages(options: DockerOptions, rounds: int) -> None:
-    """A cell and a host call beside the raw round trip, in turns."""
-    raw, piped, cell, kept, call = [], [], [], [], []
-    echo = RawEcho(options)
-    try:
-        with (
-            open_repl("docker", options=options, recovery=False) as repl,
-            open_repl("docker", options=options) as recovering,
-            client_pipe(options) as pipe,
-        ):
+    """A cell and a host call beside the raw round trip, in turns, by each way to a container."""
+    raw, piped, kept = [], [], []
+    cells: dict[str, list[float]] = {}
+    calls: dict[str, list[float]] = {}
+    code = "for _ in range(20): f(1)"
+    with ExitStack() as closing:
+        echo = RawEcho(options)
+        closing.callback(echo.close)
+        pipe = closing.enter_context(client_pipe(options))
+        recovering = closing.enter_context(open_repl("docker", options=options))
+        recovering.exec("x = 1")
+        sessions = {
+            way: closing.enter_context(open_repl("docker", options=its, recovery=False)) for way, its in ways(options).items()
+        }
+        if ", signals by order" in sessions:  # as for a host whose user may not signal what runs in a container
+            sessions[", signals by order"]._guest._may_signal = False  # type: ignore[attr-defined]
+        for repl in sessions.values():
             repl.bind("f", lambda x: x, inline=True)
-            code = "for _ in range(20): f(1)"
             repl.exec(code)
-            recovering.exec("x = 1")
-            for _ in range(rounds):
-                raw += [echo.round_trip() for _ in range(20)]
-                piped += [pipe() for _ in range(20)]
-                cell += [timed(lambda: repl.exec("x = 1")) for _ in range(20)]
-                call += [max(0.0, timed(lambda: repl.exec(code)) - statistics.median(cell[-20:])) / 20 for _ in range(5)]
-                time.sleep(0.02)
-                kept.append(timed(lambda: recovering.exec("x = 1")))
-    finally:
-        echo.close()
+        for _ in range(rounds):
+            raw += [echo.round_trip() for _ in range(20)]
+            piped += [pipe() for _ in range(20)]
+            for way, repl in sessions.items():
+                cell = [timed(lambda: repl.exec("x = 1")) for _ in range(20)]  # noqa: B023 - called at once
+                cells.setdefault(way, []).extend(cell)
+                bare = statistics.median(cell)
+                call = [max(0.0, timed(lambda: repl.exec(code)) - bare) / 20 for _ in range(5)]  # noqa: B023
+                calls.setdefault(way, []).extend(call)
+            time.sleep(0.02)
+            kept.append(timed(lambda: recovering.exec("x = 1")))
     bare = statistics.median(raw)
     say("raw round trip, attached socket", bare, n=len(raw))
     say("raw round trip, pipes of docker run -i", statistics.median(piped), n=len(piped))
-    for name, times in (("cell without recovery", cell), ("host call, inline", call)):
-        say(name, statistics.median(times), target=bare * 2e3, n=len(times), ratio=round(statistics.median(times) / bare, 2))
+    for name, by_way in (("cell without recovery", cells), ("host call, inline", calls)):
+        for way, times in by_way.items():
+            middle = statistics.median(times)
+            say(name + way, middle, target=None if way else bare * 2e3, n=len(times), ratio=round(middle / bare, 2))
     say("cell with recovery, 20 ms apart", statistics.median(kept), n=len(kept), ratio=round(statistics.median(kept) / bare, 2))
 
 
