@@ -239,15 +239,15 @@ class CopyingSession(FramedSession):
     def _go_over(self, key: int | None) -> bool:
         """Have what was kept, or the standby, in the worker's place. False if it is gone and nothing has changed."""
         self._standby_is_used()
-        recovery = self._guest.take_over(key)
-        if recovery is None:
-            return False
-        if recovery.state != "restored":
-            raise GuestLost("the process that was to take over is gone")
-        self._cpu_at_end = None
-        self._greet(STANDBY_HELLO_SECONDS)
-        self._guest.stop()
-        return True
+        with self._replacing():
+            recovery = self._guest.take_over(key)
+            if recovery is not None and recovery.state != "restored":
+                raise GuestLost("the process that was to take over is gone")
+            if recovery is not None:
+                self._cpu_at_end = None
+                self._greet(STANDBY_HELLO_SECONDS)
+                self._guest.stop()
+        return recovery is not None
 
     def _not_copied(self, why: str, *, state: str | None = None) -> GuestCrashed:
         state = state or self._pending_state

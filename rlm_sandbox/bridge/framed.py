@@ -7,7 +7,8 @@ import os
 import socket
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from ..context import Context, DataContext, WholeText
@@ -71,6 +72,8 @@ class FramedSession(Session):
         self._has_standby = False
         self._cpu_at_end: float | None = None
         self._stale = True
+        #: Whether a guest was being replaced when something was raised (Ctrl-C, say): what there is now cannot be used.
+        self._unfinished = False
         try:
             self._wake = WakePipe()
         except OSError as exc:
@@ -146,16 +149,29 @@ class FramedSession(Session):
         self._guest.close()
         self._wake.close()
 
+    @contextmanager
+    def _replacing(self) -> Iterator[None]:
+        """While there is no guest that could be used. What is raised in here leaves it at that: the next call has a new one."""
+        self._unfinished = True
+        yield
+        self._unfinished = False
+
     def _start_afresh(self) -> None:
-        try:
-            self._await_protection()
-            self._guest.recover(fresh=True)
-            self._greet()
-            self._set_up_again()
-        except GuestLost:
+        if self._unfinished:
             self._rebuild()
+            return
+        with self._replacing():
+            try:
+                self._await_protection()
+                self._guest.recover(fresh=True)
+                self._greet()
+                self._set_up_again()
+            except GuestLost:
+                self._rebuild()
 
     def _is_well(self) -> bool:
+        if self._unfinished:
+            return False
         try:
             self._guest.restart_clock(self._limits.session_seconds)
             self._await_protection()
@@ -283,6 +299,8 @@ class FramedSession(Session):
     def _prepare(self, *, protect: bool = False) -> None:
         """Before a turn: finish the standby, notice what died meanwhile, drop what was printed between turns."""
         try:
+            if self._unfinished and not self._setting_up:
+                self._lose()
             if self._out_of_step:
                 self._recover_between(Death(why="its last turn was abandoned"))
             if self._protecting:
@@ -334,23 +352,24 @@ class FramedSession(Session):
         had_standby, self._has_standby = self._has_standby, False
         self._cpu_at_end = None
         lost = tuple(self._known_names)
-        try:
-            # A standby that lacks what was set or bound since is not what the session was before this call.
-            recovery = self._guest.recover(fresh=not had_standby or self._stale)
-            self._greet(STANDBY_HELLO_SECONDS if recovery.state == "restored" else _HELLO_SECONDS)
-            death = recovery.death if recovery.death.status is not None else end.death
-            if recovery.state == "restored":
-                self._protect()
-                return "restored", (), death
-            self._set_up_again()
-        except GuestLost as exc:
-            log.warning("a guest was lost: %s", exc)
+        with self._replacing():
             try:
-                self._rebuild()
-            except SessionClosed:  # later calls say so; this one has its result
-                log.warning("the session could not be rebuilt", exc_info=True)
-            return "lost", lost, end.death
-        return "lost", lost, death
+                # A standby that lacks what was set or bound since is not what the session was before this call.
+                recovery = self._guest.recover(fresh=not had_standby or self._stale)
+                self._greet(STANDBY_HELLO_SECONDS if recovery.state == "restored" else _HELLO_SECONDS)
+                death = recovery.death if recovery.death.status is not None else end.death
+                if recovery.state != "restored":
+                    self._set_up_again()
+                    return "lost", lost, death
+            except GuestLost as exc:
+                log.warning("a guest was lost: %s", exc)
+                try:
+                    self._rebuild()
+                except SessionClosed:  # later calls say so; this one has its result
+                    log.warning("the session could not be rebuilt", exc_info=True)
+                return "lost", lost, end.death
+        self._protect()
+        return "restored", (), death
 
     def _lose(self) -> None:
         """The guest is gone between turns. The next result says so."""
@@ -360,17 +379,18 @@ class FramedSession(Session):
 
     def _rebuild(self) -> None:
         """A whole new guest, set up. If that fails the session is over."""
-        self._guest.close()
-        try:
-            self._check_open()
-            self._guest = self._start()
-            self._greet()
-            self._set_up_again()
-        except Exception as exc:
-            if not self._closed:
-                self._closed = True
-                self._close_reason = "the session could not be rebuilt after a failure"
-            raise SessionClosed(f"{self._close_reason}; open a new one") from exc
+        with self._replacing():
+            self._guest.close()
+            try:
+                self._check_open()
+                self._guest = self._start()
+                self._greet()
+                self._set_up_again()
+            except Exception as exc:
+                if not self._closed:
+                    self._closed = True
+                    self._close_reason = "the session could not be rebuilt after a failure"
+                raise SessionClosed(f"{self._close_reason}; open a new one") from exc
 
     def _set_up_again(self) -> None:
         self._protecting = self._has_standby = False

@@ -10,7 +10,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,7 @@ from ..wire import control
 from . import measured
 from .guest import Death, GuestLost, Recovery, Report
 
-__all__ = ("Refused", "SupervisedGuest", "death_of")
+__all__ = ("Refused", "SupervisedGuest", "death_of", "report_of")
 
 #: What a supervisor says instead of doing what it was told.
 _REFUSALS: Final = ("refused", "gone")
@@ -32,8 +33,12 @@ _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 def _host_pid(pidfd: int) -> int:
-    """The pid, in the host's namespace, of the process behind a pidfd."""
-    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+    """The pid, in the host's namespace, of the process behind a pidfd. Raises `GuestLost` if it cannot be told."""
+    try:
+        lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
+    except OSError as exc:
+        raise GuestLost(f"a pidfd cannot be looked at ({exc.strerror})") from exc
+    for line in lines:
         if line.startswith("Pid:"):
             pid = int(line.split()[1])
             if pid > 0:  # else it is gone, or in another namespace, and the kernel would take the number for ourselves
@@ -51,6 +56,16 @@ def death_of(message: control.Message) -> Death:
         why=str(message.get("why", ""))[:200],
         out_of_memory=message.get("oom") is True,
     )
+
+
+def report_of(message: control.Message, death: Callable[[control.Message], Death]) -> Report | None:
+    """A supervisor's message as a report, None if it is none. ``death``: what a worker's end is made of."""
+    op = message["op"]
+    if op == "died":
+        return Report("died", death(message))
+    if op in ("protected", "unprotected", "standby_died"):
+        return Report(op)
+    return None
 
 
 class Refused(Exception):
@@ -109,23 +124,30 @@ class SupervisedGuest:
         self._let_go()
         self._worker = pidfd
         self._worker_pid = _host_pid(pidfd)
+        # Now, although some sessions never look: its descriptor is one that a recovery has when there is no other left.
+        self._open_statm()
         self._worker_taken(inside=inside)
+
+    def _open_statm(self) -> None:
+        with suppress(OSError):  # it is gone already, which is reported, or there is no descriptor left
+            self._statm = os.open(f"/proc/{self._worker_pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
 
     def _let_go(self) -> None:
         """Close what names the present worker."""
-        for fd in (self._worker, self._statm):
+        fds = self._worker, self._statm
+        self._worker = self._statm = -1  # first: a signal's handler may raise in between
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self._worker = self._statm = -1
 
     def _close_channels(self) -> None:
         """Close everything that leads to the guest. Idempotent."""
         self.data.close()
         self._control.close()
         self._let_go()
-        for fd in self.outputs:
+        outputs, self.outputs = self.outputs, {}
+        for fd in outputs:
             os.close(fd)
-        self.outputs = {}
 
     # ---- control
 
@@ -156,12 +178,15 @@ class SupervisedGuest:
         except OSError as exc:
             raise GuestLost(f"the supervisor is gone ({exc.strerror})") from None
 
-    def _answer(self, op: str, count: int, seconds: float) -> tuple[control.Message, list[int]]:
-        """The supervisor's answer to an order, with ``count`` descriptors. Reports that crossed the order are dropped."""
+    def _answer(self, op: str, count: int, seconds: float, generation: int | None = None) -> tuple[control.Message, list[int]]:
+        """The supervisor's answer to an order, with ``count`` descriptors. Reports that crossed the order are dropped.
+
+        ``generation``: of the worker that was asked for. An answer about another is that to an order whose caller was interrupted.
+        """
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             message, fds = self._receive(left)
-            if message["op"] == op and len(fds) == count:
+            if message["op"] == op and len(fds) == count and message.get("generation") == generation:
                 return message, fds
             if message["op"] in _REFUSALS and not fds:
                 raise Refused(message["op"])
@@ -179,15 +204,7 @@ class SupervisedGuest:
             return None
         for fd in fds:
             os.close(fd)
-        if message["op"] == "died":
-            return Report("died", self._death(message))
-        if message["op"] == "protected":
-            return Report("protected")
-        if message["op"] == "unprotected":
-            return Report("unprotected")
-        if message["op"] == "standby_died":
-            return Report("standby_died")
-        return None
+        return report_of(message, self._death)
 
     def request_protection(self) -> None:
         """See `Guest.request_protection`."""
@@ -215,16 +232,17 @@ class SupervisedGuest:
             raise GuestLost(f"there is no channel for a new worker ({exc.strerror})") from exc
         mine.setblocking(False)
         try:
-            self._order({**order, "generation": self._generation}, (theirs.fileno(), *outputs))
-            message, fds = self._answer("recovered", 1, self.recover_seconds)
+            try:
+                self._order({**order, "generation": self._generation}, (theirs.fileno(), *outputs))
+            finally:
+                theirs.close()  # now: the answer brings a descriptor, and there may be none left
+            message, fds = self._answer("recovered", 1, self.recover_seconds, self._generation)
         except Refused:
             mine.close()
             return None
         except BaseException:
             mine.close()
             raise
-        finally:
-            theirs.close()
         self.data.close()
         self.data = mine
         restored = message.get("state") == "restored"
@@ -269,7 +287,7 @@ class SupervisedGuest:
                 value = next(line.split()[3] for line in limits.splitlines() if line.startswith("Max data size"))
                 self._data_limit = int(value) if value.isdigit() else 0
             if self._statm < 0:
-                self._statm = os.open(f"/proc/{self._worker_pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+                self._open_statm()
             pages = int(os.pread(self._statm, 256, 0).split()[_STATM_DATA])
         except (OSError, StopIteration, IndexError, ValueError):
             return None

@@ -26,7 +26,8 @@ def main() -> int:
         return 0
     if program == "container":
         container = importlib.import_module("rlm_guest.runners.container")
-        container.main(sockets=numbers == ["sockets"])
+        if numbers in ([], ["sockets"]):
+            container.main(sockets=bool(numbers))
     if program == "plain":
         plain = importlib.import_module("rlm_guest.runners.plain_child")
         return int(plain.main(*map(int, numbers)))

@@ -32,10 +32,15 @@ from .preloaded import PRELOADED
 from .processes import ByPid, ByPidfd, Process
 from .zygote import ARENAS, own_sizes
 
-__all__ = ("CONTEXTS", "HOST_SOCKET", "check", "main")
+__all__ = ("CANNOT_CONNECT", "CONTEXTS", "HOST_SOCKET", "check", "main")
 
-#: Where the host hard-links the contexts of this session; a read-only mount.
+#: Where the host puts its socket, or hard-links the contexts of this session; a read-only mount.
 CONTEXTS: Final = "/ctx"
+#: What a container says that cannot, whoever is to blame: the host takes the other way.
+CANNOT_CONNECT: Final = "it cannot connect to its host"
+_SETTINGS_SECONDS: Final = 30.0
+#: The worker's, and two for what it prints.
+_CHANNELS: Final = 3
 #: There, for a session that is to connect: the host's socket, until it has.
 HOST_SOCKET: Final = "host"
 #: Where the image has the packages of its variant, and which of them are loaded before the first session.
@@ -210,6 +215,15 @@ class ContainerSupervisor(supervisor.Supervisor):
         before, self._kills = self._kills, self._memory_kills()
         return self._kills > before
 
+    def _fork_was_refused(self) -> bool:
+        """See `Supervisor._fork_was_refused`: the engine's limit on tasks, say. Seen in /proc, before and after the group is stopped."""
+        assert self._worker is not None
+        group = self._worker.pid
+        if _group_of(group) != {group}:
+            return False
+        os.killpg(group, signal.SIGSTOP)  # a fork that is under way is over now, or begins anew when the worker goes on
+        return _group_of(group) == {group}
+
     def _obey(self, message: control.Message, fds: list[int]) -> bool:
         """See `Supervisor._obey`. Signals to the worker, too: the host's user may have no right to send them."""
         if message["op"] != "signal":
@@ -223,6 +237,21 @@ class ContainerSupervisor(supervisor.Supervisor):
         except ProcessLookupError:
             pass  # it died, which is reported
         return True
+
+
+def _group_of(leader: int) -> set[int]:
+    """The processes of a process group, itself included, that have not ended."""
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    state, _parent, group = file.read(512).rpartition(b")")[2].split()[:3]
+            except (OSError, ValueError):
+                continue  # it has just ended
+            if int(group) == leader and state not in b"ZX":
+                found.add(int(name))
+    return found
 
 
 def _settings() -> control.Message:
@@ -339,12 +368,17 @@ def _be_connected(sizes: tuple[int, int]) -> NoReturn:
     host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         host.connect(f"{CONTEXTS}/{HOST_SOCKET}")
+        host.settimeout(_SETTINGS_SECONDS)  # a child that the host has forked meanwhile may keep the listening end
+        got = control.receive(host)
+        host.settimeout(None)
     except OSError as exc:
-        raise SystemExit(f"it cannot connect to its host ({exc.strerror})") from None
-    got = control.receive(host)
+        raise SystemExit(f"{CANNOT_CONNECT} ({exc.strerror or exc})") from None
     if got is None:
         raise SystemExit(1)  # the host went away before it said what this session may use
-    settings, (data, out, err) = got
+    settings, fds = got
+    if len(fds) != _CHANNELS:
+        raise SystemExit(f"{CANNOT_CONNECT} (the kernel, or a policy of it, has kept back the descriptors it sent)")
+    data, out, err = fds
     plan = _plan(settings, sizes)
     supervisor.main(
         lambda: confine_in_container(plan), set(), [data, host.detach(), out, err], settings["seconds"], ContainerSupervisor

@@ -149,6 +149,10 @@ class Supervisor:
         """Whether the kernel has killed something of this session for its memory since this was last asked."""
         return False
 
+    def _fork_was_refused(self) -> bool:
+        """Whether the worker has no child although it was allowed to fork. Where that cannot be seen, its word is not believed."""
+        return False
+
     def _kill_worker(self, process: Process) -> None:
         """Kill a worker and all its children."""
         try:
@@ -199,7 +203,7 @@ class Supervisor:
             self.start_worker(data_fd, generation)
         self._reap_orphans()
         assert self._worker is not None
-        message = {"op": "recovered", "state": state, "worker": self._worker.pid, **self._death}
+        message = {"op": "recovered", "generation": generation, "state": state, "worker": self._worker.pid, **self._death}
         control.send(self._host, message, descriptors(self._worker))
 
     def _close_listener(self) -> None:
@@ -272,7 +276,7 @@ class Supervisor:
     def _on_birth_word(self, sender: int, text: bytes) -> None:
         """``text`` of the process ``sender``, as the kernel tells, while a ticket is open."""
         assert self._worker is not None
-        if sender == self._worker.pid and text == CANNOT and not self._ticket_used:
+        if sender == self._worker.pid and text == CANNOT and (not self._ticket_used or self._fork_was_refused()):
             # The kernel refused the fork (memory, tasks). The old standby is of an older state: it goes.
             self._ticket_until = 0.0
             self._drop_standby()
@@ -466,7 +470,7 @@ def main(
         supervisor.start_worker(data_fd, 1)
         os.close(data_fd)
         supervisor.report_ready()
-    except (OSError, ValueError) as exc:  # setrlimit raises ValueError where the kernel refuses a limit
+    except (OSError, ValueError, OverflowError) as exc:  # setrlimit raises the latter two where the kernel refuses a limit
         text, number = (exc.strerror, exc.errno) if isinstance(exc, OSError) else (None, None)
         failure = {"op": "failed", "error": f"{text or exc}"[:500], "errno": number or 0}
         control.send(host, {**failure, "input": exc.name} if isinstance(exc, InputUnreadable) else failure)

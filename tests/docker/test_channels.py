@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -19,9 +20,11 @@ import pytest
 pytest.importorskip("docker", reason="the extra 'docker' is not installed")
 
 from rlm_sandbox import BackendUnavailable, Context, DockerOptions, Limits, REPLProtocol, SessionPool, open_repl
-from rlm_sandbox.backends.docker import contexts
+from rlm_sandbox.backends.docker import contexts, socket_guest
 from rlm_sandbox.backends.docker.attached_guest import AttachedGuest
+from rlm_sandbox.backends.docker.container import USER_ID
 from rlm_sandbox.backends.docker.engine import engine_for, own_name
+from rlm_sandbox.backends.docker.session_container import SessionContainer, settings_for
 from rlm_sandbox.backends.docker.socket_guest import SocketGuest
 from rlm_sandbox.bridge import supervised
 from rlm_sandbox.bridge.guest import GuestLost
@@ -117,8 +120,8 @@ def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (_out_of_reach, "cannot connect to its host (Permission denied)"),
         (_absent, "cannot connect to its host (No such file or directory)"),
-        (_unseen, "cannot be seen from here"),
-        (_unmeasured, "cannot be measured from here"),
+        (_unseen, "cannot be seen and measured from here"),
+        (_unmeasured, "cannot be seen and measured from here"),
     ],
     ids=lambda value: getattr(value, "__name__", "")[1:],
 )
@@ -144,11 +147,10 @@ def test_where_sockets_cannot_be_the_attached_stream_is_taken(
     assert not list(contexts._root.glob("session-*"))
 
 
-def test_what_keeps_either_way_from_starting_is_said_once(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the socket was the matter, so it is tried again the next time."""
-    settings = AttachedGuest._say_hello
+def test_what_keeps_either_way_from_starting_is_not_the_sockets_fault(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that way is tried again the next time."""
 
-    def confined_badly(guest: AttachedGuest, *args: Any, **keywords: Any) -> None:
+    def confined_badly(*_args: Any, **_keywords: Any) -> None:
         raise GuestLost("a step of its confinement failed: no")
 
     _absent(monkeypatch)
@@ -156,11 +158,113 @@ def test_what_keeps_either_way_from_starting_is_said_once(api: Any, monkeypatch:
     with pytest.raises(BackendUnavailable, match="a step of its confinement failed"):
         open_repl("docker")
     monkeypatch.undo()
-    assert AttachedGuest._say_hello is settings
-    assert engine_for(None).shares_sockets
     with open_repl("docker") as repl:
         assert isinstance(_guest(repl), SocketGuest)
     until(lambda: not ours(api, own_name()))
+
+
+def test_one_that_is_killed_while_it_starts_does_not_change_the_way(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = SessionContainer.start
+
+    def killed(container: SessionContainer) -> None:
+        start(container)
+        api.kill(container._id)
+
+    monkeypatch.setattr(SessionContainer, "start", killed)
+    with pytest.raises(BackendUnavailable, match="a container did not start"):
+        open_repl("docker")
+    monkeypatch.undo()
+    with open_repl("docker") as repl:
+        assert isinstance(_guest(repl), SocketGuest)
+
+
+def test_a_policy_that_keeps_descriptors_back(api: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The container connects, and does not get what it is sent: it says so, and the other way is taken."""
+    send = SocketGuest._order
+    monkeypatch.setattr(SocketGuest, "_order", lambda guest, message, fds=(): send(guest, message))
+    with caplog.at_level(logging.WARNING, "rlm_sandbox.docker"), open_repl("docker") as repl:
+        assert isinstance(_guest(repl), AttachedGuest)
+        _works(repl)
+    assert "has kept back the descriptors" in caplog.text
+
+
+def test_a_step_of_the_confinement_that_fails_is_named(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By sockets, too: more memory than the kernel takes for a limit."""
+    monkeypatch.setattr(socket_guest, "settings_for", lambda limits: {**settings_for(limits), "memory_mb": 1 << 62})
+    with pytest.raises(BackendUnavailable, match="a step of its confinement failed"):
+        open_repl("docker")
+    assert engine_for(None).shares_sockets
+
+
+def test_the_containers_own_user_has_the_attached_stream(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would own the memory file of a context that is sent to a container."""
+    monkeypatch.setattr(os, "geteuid", lambda: USER_ID)
+    with open_repl("docker") as repl:
+        assert isinstance(_guest(repl), AttachedGuest)
+
+
+def test_a_host_without_descriptors_is_told_so(api: Any) -> None:
+    with open_repl("docker") as warm:  # what is imported and connected once
+        assert warm.exec("1").ok
+    low, high = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for free in range(0, 16, 3):
+        taken = [os.dup(0) for _ in range(3)]
+        most = max(int(name) for name in os.listdir("/proc/self/fd"))  # noqa: PTH208
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most + 1, high))
+        try:
+            while True:
+                taken.append(os.dup(0))
+        except OSError:
+            pass
+        for _ in range(min(free, len(taken))):
+            os.close(taken.pop())
+        try:
+            with open_repl("docker") as repl:
+                assert repl.exec("1").ok
+        except BackendUnavailable:
+            pass  # never an OSError
+        finally:
+            for fd in taken:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (low, high))
+    until(lambda: not ours(api, own_name()))
+    assert contexts._root is not None
+    assert not list(contexts._root.glob("session-*"))
+
+
+@pytest.mark.parametrize("channel", ["auto", "attached"])
+def test_ctrl_c_while_a_container_is_replaced_loses_the_state_and_not_the_session(api: Any, channel: Any) -> None:
+    with open_repl("docker", options=DockerOptions(channel=channel)) as repl:
+        repl.bind("f", lambda: 7)
+        assert repl.exec("x = 1").ok
+        start = repl._start  # type: ignore[attr-defined]
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        repl._start = interrupted  # type: ignore[attr-defined]
+        api.kill(ours(api, own_name())[0]["Id"])
+        with pytest.raises(KeyboardInterrupt):
+            repl.exec("x")
+        repl._start = start  # type: ignore[attr-defined]
+        after = repl.exec("f()")
+        assert (after.value, after.state, after.lost_names) == ("7", "lost", ("x",))
+        assert repl.exec("f()").state == "kept"
+
+
+def test_a_child_forked_while_a_context_is_stored_opens_sessions(api: Any) -> None:
+    """The lock may be held by a thread that the child does not have."""
+    with contexts._lock:
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(60)
+            try:
+                with open_repl("docker") as repl:
+                    os._exit(0 if repl.exec("6 * 7").value == "42" else 2)
+            finally:
+                os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0
 
 
 def test_nobody_else_ever_connects(api: Any) -> None:

@@ -56,7 +56,7 @@ def test_the_engine_runs_it_as_asked(found: dict[str, Any], channel: Any) -> Non
     assert "no-new-privileges" in host["SecurityOpt"]
     assert f"seccomp={seccomp_profile(sockets=channel == 'auto')}" in host["SecurityOpt"]
     assert host["Memory"] == host["MemorySwap"] == (3 * 100 + 8 + 48) << 20
-    assert host["PidsLimit"] == (23 if channel == "auto" else 24)
+    assert host["PidsLimit"] == (25 if channel == "auto" else 26)
     assert host["NanoCpus"] == 500_000_000
     assert host["IpcMode"] == "private"
     assert host["LogConfig"]["Type"] == "none"

@@ -394,7 +394,7 @@ LIES: Final = {
     "a list": [b'["recovered"]'],
     "deep": [b"[" * 4_000],
     "too long": [b'{"op": "recovered", "why": "' + b"x" * 9_000 + b'"}'],
-    "recovered without a worker": [b'{"op": "recovered", "state": "restored"}'],
+    "recovered without a worker": [b'{"op": "recovered", "generation": 2, "state": "restored"}'],
     "something else for ever": [b'{"op": "protected"}'] * 200,
     "unknown": [b'{"op": "eval", "code": "1"}'] * 20,
 }
@@ -418,10 +418,28 @@ def test_an_order_that_is_answered_wrongly_is_a_lost_guest(jail: Any, lies: list
         assert time.monotonic() - start < RECOVERY_SECONDS
 
 
+def test_the_answer_to_an_earlier_order_is_not_taken_for_this_ones(jail: Any) -> None:
+    """Who gave that order was interrupted before its answer came: it says `restored` of a worker that is gone by now."""
+
+    def answer(supervisor: FakeSupervisor, order: bytes) -> None:
+        for generation in (1, 2, 99):
+            supervisor.say(b'{"op": "recovered", "generation": %d, "state": "restored"}' % generation, supervisor.pidfds[1])
+        supervisor.say(b'{"op": "recovered", "state": "restored"}', supervisor.pidfds[1])
+        supervisor.say(b'{"op": "recovered", "generation": 3, "state": "fresh"}', supervisor.pidfds[1])
+
+    guest, _ = jail(answer)
+    guest._generation = 2  # an order went out that nobody waited for
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert guest.recover(fresh=True).state == "fresh"
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
 def test_a_worker_that_is_no_process_is_a_lost_guest(jail: Any) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     try:
-        guest, _ = jail(lambda supervisor, order: supervisor.say(b'{"op": "recovered", "state": "restored"}', null))
+        guest, _ = jail(
+            lambda supervisor, order: supervisor.say(b'{"op": "recovered", "generation": 2, "state": "restored"}', null)
+        )
         with pytest.raises(GuestLost):
             guest.recover(fresh=False)
     finally:
@@ -434,7 +452,9 @@ def test_a_worker_that_is_already_gone_is_a_lost_guest(jail: Any) -> None:
     pidfd = os.pidfd_open(child.pid)
     child.wait()
     try:
-        guest, _ = jail(lambda supervisor, order: supervisor.say(b'{"op": "recovered", "state": "restored"}', pidfd))
+        guest, _ = jail(
+            lambda supervisor, order: supervisor.say(b'{"op": "recovered", "generation": 2, "state": "restored"}', pidfd)
+        )
         with pytest.raises(GuestLost):
             guest.recover(fresh=False)
     finally:

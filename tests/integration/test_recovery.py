@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rlm_sandbox import Limits, REPLProtocol, open_repl
@@ -135,3 +136,45 @@ def test_a_worker_killed_from_outside_during_a_host_call(repl: REPLProtocol, pro
         died = repl.exec("x = None\nkill_it()\nwhile True: pass")
         assert (died.outcome, died.state) == ("crashed", "restored"), died
         as_before(repl)
+
+
+def test_ctrl_c_before_the_supervisors_answer_is_no_false_word_of_a_restored_state() -> None:
+    """The order is out, and its answer comes when another one is waited for: it is not that one's."""
+    with open_repl("jail") as repl:
+        repl.bind("f", lambda: 7)
+        assert repl.exec("x = 41").ok
+        guest = repl._guest  # type: ignore[attr-defined]
+        receive = guest._receive
+
+        def interrupted(_seconds: float) -> None:
+            guest._receive = receive
+            raise KeyboardInterrupt
+
+        guest._receive = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            repl.exec("import os\nos._exit(1)")
+        after = repl.exec("f(), 'x' in globals()")
+        assert (after.value, after.state, after.lost_names) == ("(7, False)", "lost", ("x",))
+        assert repl.exec("f()").state == "kept"
+
+
+def test_ctrl_c_while_a_guest_is_replaced_loses_the_state_and_not_the_session() -> None:
+    with open_repl("jail") as repl:
+        repl.bind("f", lambda: 7)
+        assert repl.exec("x = 1").ok
+        start = repl._start  # type: ignore[attr-defined]
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        repl._start = interrupted  # type: ignore[attr-defined]
+        supervisor = psutil.Process(repl._guest._worker_pid).parent()  # type: ignore[attr-defined]
+        assert supervisor is not None
+        supervisor.kill()
+        with pytest.raises(KeyboardInterrupt):
+            repl.exec("x")
+        repl._start = start  # type: ignore[attr-defined]
+        after = repl.exec("f()")
+        assert (after.value, after.state, after.lost_names) == ("7", "lost", ("x",))
+        assert repl.reset() is None  # type: ignore[func-returns-value]
+        assert repl.exec("f()").state == "kept"

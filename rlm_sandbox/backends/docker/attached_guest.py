@@ -11,7 +11,7 @@ from typing import Final
 
 from ...bridge.guest import GuestLost, Recovery, Report
 from ...bridge.readiness import becomes_ready
-from ...bridge.supervised import death_of
+from ...bridge.supervised import death_of, report_of
 from ...context import Context, DataContext
 from ...limits import Limits
 from ...options import DockerOptions
@@ -21,15 +21,13 @@ from ...wire import control
 from .carrier import Carrier
 from .contexts import SessionDirectory
 from .engine import Engine
-from .session_container import SESSION_SLACK_SECONDS, START_SECONDS, SessionContainer
+from .session_container import RECOVER_SECONDS, START_SECONDS, SessionContainer, settings_for
 from .volumes import volume_for
 
 __all__ = ("AttachedGuest",)
 
 _KEY_BYTES: Final = 32
 _ANSWER_SECONDS: Final = 10.0
-#: What is left of the 2 s that recovery may take is for another container: about 0.5 s.
-_RECOVER_SECONDS: Final = 1.0
 #: During host calls the worker's clock is asked for at most this often; the answer counts at the next look.
 _CLOCK_SECONDS: Final = 0.02
 
@@ -72,14 +70,11 @@ class AttachedGuest:
 
     def _say_hello(self, options: DockerOptions, limits: Limits, *, recovery: bool) -> None:
         settings: control.Message = {
-            "op": "settings",
+            **settings_for(limits),
             # A named runtime may be gVisor, where a worker can open the relay's streams.
             "key": "" if options.runtime is None else secrets.token_hex(_KEY_BYTES),
-            "memory_mb": limits.memory_mb,
-            "disk_mb": limits.disk_mb,
             "plain": options.runtime is not None,
             "recovery": recovery,
-            "seconds": None if limits.session_seconds is None else limits.session_seconds + SESSION_SLACK_SECONDS,
         }
         try:
             self._carried.settings(settings)
@@ -120,7 +115,8 @@ class AttachedGuest:
         except (OSError, ValueError) as exc:
             raise GuestLost(f"the supervisor's channel failed: {exc}") from None
         if got is None:
-            raise GuestLost("it ended") if self._container is None else self._container.gone()
+            assert self._container is not None
+            raise self._container.gone()
         return got[0]
 
     def _order(self, message: control.Message) -> None:
@@ -131,9 +127,8 @@ class AttachedGuest:
 
     def restart_clock(self, seconds: float | None) -> None:
         """See `Guest.restart_clock`."""
-        if self._container is not None:
-            self._container.check_age()
-        self._order({"op": "clock", "seconds": None if seconds is None else seconds + SESSION_SLACK_SECONDS})
+        assert self._container is not None
+        self._order(self._container.clock_order(seconds))
 
     def report(self) -> Report | None:
         """See `Guest.report`."""
@@ -142,15 +137,7 @@ class AttachedGuest:
         message = self._receive(1.0)
         if message["op"] in ("protected", "unprotected"):
             self._carried.corked = True  # the supervisor has stopped the worker
-        if message["op"] == "died":
-            return Report("died", death_of(message))
-        if message["op"] == "protected":
-            return Report("protected")
-        if message["op"] == "unprotected":
-            return Report("unprotected")
-        if message["op"] == "standby_died":
-            return Report("standby_died")
-        return None
+        return report_of(message, death_of)
 
     def _ask(self, order: control.Message, answer: str) -> control.Message:
         """An order that is answered at once, outside any turn of the worker."""
@@ -172,9 +159,11 @@ class AttachedGuest:
         carrier = self._carried
         self._order({"op": "fresh" if fresh else "recover", "generation": self._generation})
         carrier.begin_generation(self._generation)
-        until = time.monotonic() + _RECOVER_SECONDS
-        while (message := self._receive(max(0.01, until - time.monotonic())))["op"] != "recovered":
-            pass  # reports that crossed the order: of the worker that is gone now
+        until = time.monotonic() + RECOVER_SECONDS
+        while True:
+            message = self._receive(max(0.01, until - time.monotonic()))
+            if message["op"] == "recovered" and message.get("generation") == self._generation:
+                break  # else a report that crossed the order, or the answer to one whose caller was interrupted
         carrier.corked = False
         return Recovery("restored" if message["state"] == "restored" else "fresh", death_of(message))
 

@@ -13,15 +13,17 @@ from ...options import DockerOptions
 from .engine import EXPIRY_LABEL, OWNER_LABEL, RUN_LABEL, Engine, mapped_errors, own_name
 from .profile import seccomp_profile
 
-__all__ = ("OVERHEAD_MB", "WAIT_SECONDS", "container_settings", "create_container", "memory_mb")
+__all__ = ("OVERHEAD_MB", "USER_ID", "WAIT_SECONDS", "container_settings", "create_container", "memory_mb")
 
-_USER: Final = "65534:65534"
+#: The user inside, which on engines without user-namespace remapping is that of the same number outside.
+USER_ID: Final = 65534
 #: Copies of a heap at worst: the worker, its standby, and the next standby while it takes the other's place.
 _PROCESSES: Final = 3
 #: Supervisor, relay and the interpreter's own pages; the base that every container has.
 OVERHEAD_MB: Final = 48
-#: Beside the worker's own: the supervisor, and for a moment two standbys.
-_TASKS: Final = 3
+#: Beside the worker's own: the supervisor, the standby, and while the next one is forked that one and those before it that were
+#: killed and are not gone yet. The engine refuses a fork beyond it; a guest that has used up its own is to have a standby, too.
+_TASKS: Final = 5
 #: A named runtime (gVisor's, say) has threads and memory of its own in the container's groups, and about two threads for
 #: each of the guest's. Measured with runsc 20221219: 45 threads and 60 MiB for an idle session.
 _RUNTIME_TASKS: Final = 192
@@ -104,21 +106,29 @@ def create_container(
     """
     settings = container_settings(options, limits, recovery=recovery, sockets=sockets)
     seconds = limits.session_seconds
-    labels = {OWNER_LABEL: own_name(), RUN_LABEL: secrets.token_hex(8)}
+    run = secrets.token_hex(8)
+    name = f"rlm-sandbox-{run}"
+    labels = {OWNER_LABEL: own_name(), RUN_LABEL: run}
     if seconds is not None:
         labels[EXPIRY_LABEL] = str(int(time.time() + WAIT_SECONDS + seconds) + _EXPIRY_SLACK_SECONDS)
     with mapped_errors("creating a container"):
         api = engine.api
-        made = api.create_container(
-            options.image,
-            command=["container", "sockets"] if sockets else ["container"],
-            user=_USER,
-            hostname="sandbox",
-            stdin_open=True,  # and once: when this process is gone, so is the container's standard input, and it ends
-            environment={},
-            labels=labels,
-            network_disabled=True,
-            healthcheck={"test": ["NONE"]},
-            host_config=api.create_host_config(mounts=[contexts], **settings),
-        )
+        try:
+            made = api.create_container(
+                options.image,
+                name=name,
+                command=["container", "sockets"] if sockets else ["container"],
+                user=f"{USER_ID}:{USER_ID}",
+                hostname="sandbox",
+                stdin_open=True,  # and once: when this process is gone, so is the container's standard input, and it ends
+                environment={},
+                labels=labels,
+                network_disabled=True,
+                healthcheck={"test": ["NONE"]},
+                host_config=api.create_host_config(mounts=[contexts], **settings),
+            )
+        except BaseException as exc:
+            if not isinstance(exc, Exception):  # Ctrl-C, say: the engine may have made it, and nobody would know its id
+                engine.remove(name)
+            raise
     return str(made["Id"])

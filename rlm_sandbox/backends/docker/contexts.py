@@ -1,11 +1,13 @@
-"""What a session's container sees of its host: a directory, with the session's contexts, or a socket of the host's.
+"""What a session's container sees of its host: a directory, mounted read-only when the container is created.
 
-Each text is written once and hard-linked into the directories of sessions. The directory is mounted read-only when its container is created, and what is linked into it later appears there, so
-that attaching costs nothing in the size of the text and the page cache is shared by every container of the engine.
+By sockets the host's socket is in it, until the container has connected. On the attached stream contexts appear in it: each text
+is written to a file once and hard-linked into the directory of a session, so that attaching costs nothing in the size of the text
+and the page cache is shared by every container of the engine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -101,6 +103,15 @@ def stored_file(context: Context | DataContext) -> Path:
         return path
 
 
+def _after_fork() -> None:
+    """In a forked child of the host the lock may be held by a thread that does not exist there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class SessionDirectory:
     """What one session's container sees below `CONTEXTS`."""
 
@@ -108,9 +119,10 @@ class SessionDirectory:
         """Raises OSError if there is no place for it."""
         with _lock:
             self.path = _own_root() / f"session-{secrets.token_hex(8)}"
+        self._owner = os.getpid()
+        self._names: list[str] = []
         self.path.mkdir(mode=0o755)
         self.path.chmod(0o755)
-        self._owner = os.getpid()
 
     def link(self, fd: int) -> str:
         """Show the file behind a descriptor, one of `stored_file`'s, to the session. Returns its name there."""
@@ -118,6 +130,7 @@ class SessionDirectory:
         # With a directory's descriptor Python uses linkat(2), which follows the link in /proc to the file; link(2) does not.
         proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            self._names.append(name)
             os.link(str(fd), self.path / name, src_dir_fd=proc, follow_symlinks=True)
         finally:
             os.close(proc)
@@ -133,6 +146,7 @@ class SessionDirectory:
         try:
             # By a descriptor: the address of a socket has room for 107 bytes of path.
             directory = os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._names.append(HOST_SOCKET)
             try:
                 listener.bind(f"/proc/self/fd/{directory}/{HOST_SOCKET}")
             finally:
@@ -157,6 +171,10 @@ class SessionDirectory:
         return os.open(stored_file(context), os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Take it away. Idempotent."""
-        if self._owner == os.getpid():
-            shutil.rmtree(self.path, ignore_errors=True)
+        """Take it away, for which no descriptor is needed. Idempotent."""
+        if self._owner != os.getpid():
+            return
+        for name in self._names:
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rmdir()

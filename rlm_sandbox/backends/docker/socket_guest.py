@@ -9,10 +9,12 @@ send any to a process of another user, so there they are orders to the superviso
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
 import socket
+import time
 import weakref
 from contextlib import ExitStack
 from typing import Final
@@ -21,12 +23,13 @@ from ...bridge.guest import GuestLost
 from ...bridge.supervised import SupervisedGuest
 from ...limits import Limits
 from ...options import DockerOptions
+from ...runners.container import CANNOT_CONNECT
 from ...runners.framing import StreamFailed
-from ...waiting import wait_until
+from ...waiting import is_readable, wait_until
 from ...wire import control
 from .contexts import SessionDirectory
 from .engine import Engine
-from .session_container import SESSION_SLACK_SECONDS, START_SECONDS, SessionContainer
+from .session_container import RECOVER_SECONDS, START_SECONDS, SessionContainer, settings_for
 
 __all__ = ("NoSockets", "SocketGuest", "open_by_sockets")
 
@@ -51,55 +54,63 @@ def open_by_sockets(engine: Engine, options: DockerOptions, limits: Limits, *, r
         directory = SessionDirectory()
         undo.callback(directory.close)
         listener = directory.listen()
+        _private.add(listener)
         undo.callback(listener.close)
         container = SessionContainer(engine, options, limits, recovery=recovery, contexts=directory.mount(), sockets=True)
         undo.callback(container.remove)
         undo.callback(container.attached.close)
         container.start()
-        guest = SocketGuest(container, _accepted(listener, container), limits)
+        guest = SocketGuest(container, _accepted(listener, container))
         undo.callback(guest.close)
         guest.configure(limits)
+        # Nobody else ever connects: what names the socket is gone before there is a cell. And its last words have not been needed.
+        listener.close()
+        directory.close()
+        container.attached.close()
         undo.pop_all()
-    # Nobody else ever connects: what names the socket is gone before there is a cell. Nothing was attached for but its last words.
-    listener.close()
-    directory.close()
-    container.attached.close()
-    return guest
+        return guest
 
 
 def _accepted(listener: socket.socket, container: SessionContainer) -> socket.socket:
-    """The container's connection. Raises `NoSockets` if it ends without."""
+    """The container's connection. Raises `NoSockets`, or `BackendUnavailable` if it ends without or takes too long."""
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     poll.register(container.attached.read_fd, select.POLLIN)
     ready: dict[int, int] = {}
 
     def wait(seconds: float | None) -> bool:
-        ready.update(poll.poll(None if seconds is None else seconds * 1000))
+        ready.update(poll.poll(None if seconds is None else math.ceil(seconds * 1000)))
         return bool(ready)
 
-    while wait_until(wait, START_SECONDS):
+    until = time.monotonic() + START_SECONDS
+    while wait_until(wait, max(0.0, until - time.monotonic())):
         if listener.fileno() in ready:
             connected, _ = listener.accept()
+            _private.add(connected)
             return connected
         try:
             container.attached.read()  # its words
-        except (StreamFailed, BlockingIOError, OSError) as exc:
-            if not isinstance(exc, BlockingIOError):
-                raise NoSockets(str(container.did_not_start(exc).reason)) from None
+        except BlockingIOError:
+            pass
+        except (StreamFailed, OSError):
+            raise _failure(container, "it ended") from None
         ready.clear()
-    raise NoSockets("a container did not connect to its host")
+    raise container.did_not_start("it took too long")
+
+
+def _failure(container: SessionContainer, why: object) -> Exception:
+    """What is to be raised for a container that has ended: the way by sockets may be what it could not take."""
+    word = container.last_word()
+    return NoSockets(f"a container says that {word}") if word.startswith(CANNOT_CONNECT) else container.did_not_start(why)
 
 
 class SocketGuest(SupervisedGuest):
     """A guest in such a container. Not thread-safe: its session is."""
 
-    #: What is left of the 2 s that recovery may take is for another container: about 0.5 s.
-    recover_seconds = 1.0
+    recover_seconds = RECOVER_SECONDS
 
-    def __init__(self, container: SessionContainer, control_socket: socket.socket, limits: Limits) -> None:
+    def __init__(self, container: SessionContainer, control_socket: socket.socket) -> None:
         """``control_socket``: the connection of the container's first process; closed with this, also if this fails."""
-        _connections.add(control_socket)
         self._closed = False
         self._may_signal = True
         self._container = container
@@ -119,25 +130,19 @@ class SocketGuest(SupervisedGuest):
         """Hand over the channels and what the session may use, and wait for its first worker.
 
         Raises:
-            NoSockets: the worker cannot be measured from here.
+            NoSockets: the worker cannot be measured from here, or the container does not get what it is sent.
             BackendUnavailable: a step of its confinement failed.
         """
-        settings: control.Message = {
-            "op": "settings",
-            "memory_mb": limits.memory_mb,
-            "disk_mb": limits.disk_mb,
-            "seconds": None if limits.session_seconds is None else limits.session_seconds + SESSION_SLACK_SECONDS,
-        }
         try:
             try:
-                self._order(settings, (self._data_theirs.fileno(), self._out_write, self._err_write))
+                self._order(settings_for(limits), (self._data_theirs.fileno(), self._out_write, self._err_write))
             finally:
                 self._data_theirs.close()
                 os.close(self._out_write)
                 os.close(self._err_write)
             message, fds = self._receive(START_SECONDS)
         except GuestLost as exc:
-            raise self._container.did_not_start(exc) from None
+            raise _failure(self._container, exc) from None
         if message["op"] != "ready" or len(fds) != 2:
             for fd in fds:
                 os.close(fd)
@@ -146,10 +151,16 @@ class SocketGuest(SupervisedGuest):
         os.close(fds[0])
         try:
             self._take_worker(fds[1], inside=True)
-        except GuestLost as exc:
-            raise NoSockets(f"its processes cannot be seen from here ({exc})") from None
-        if self.cpu_seconds() is None or (limits.memory_mb is not None and self.memory_headroom_mb() is None):
-            raise NoSockets("its processes cannot be measured from here; /proc hides them")
+            measurable = self.cpu_seconds() is not None and (limits.memory_mb is None or self.memory_headroom_mb() is not None)
+        except GuestLost:  # the kernel names no pid: it is of a namespace beside ours, or gone
+            measurable = False
+        if measurable:
+            return
+        if is_readable(self._worker):
+            raise self._container.did_not_start("its worker has ended")
+        raise NoSockets(
+            "its processes cannot be seen and measured from here: this process has a pid namespace of its own, or /proc hides them"
+        )
 
     # ---- what `SupervisedGuest` leaves open
 
@@ -159,8 +170,7 @@ class SocketGuest(SupervisedGuest):
 
     def restart_clock(self, seconds: float | None) -> None:
         """See `Guest.restart_clock`."""
-        self._container.check_age()
-        self._order({"op": "clock", "seconds": None if seconds is None else seconds + SESSION_SLACK_SECONDS})
+        self._order(self._container.clock_order(seconds))
 
     # ---- signals
 
@@ -191,13 +201,14 @@ class SocketGuest(SupervisedGuest):
         self._container.remove()
 
 
-_connections: Final[weakref.WeakSet[socket.socket]] = weakref.WeakSet()
+#: What leads to containers, or lets them connect.
+_private: Final[weakref.WeakSet[socket.socket]] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
     """In a forked child of the host: give up the child's copies, which would keep containers alive after the host."""
-    for connection in list(_connections):
-        fd = connection.detach()
+    for sock in list(_private):
+        fd = sock.detach()
         if fd >= 0:
             os.close(fd)
 
