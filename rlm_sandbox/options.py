@@ -22,8 +22,8 @@ class DockerOptions(BackendOptions):
     gVisor); None is the engine's default. ``cpus``: processors a session may use, fractions allowed; None is no limit.
     ``docker_host``: the engine's address (``"unix:///run/docker.sock"``, ``"tcp://..."`` with TLS as ``DOCKER_TLS_VERIFY`` and
     ``DOCKER_CERT_PATH`` say, ``"ssh://user@machine"``); None is what ``DOCKER_HOST`` says. ``channel``: ``"auto"`` lets a
-    container on this machine's engine and default runtime connect once to a socket of this process, past the engine, which
-    makes cells and host calls three times as fast; ``"attached"`` always speaks by the container's attached stream.
+    container on this machine's engine and default runtime (``runtime=None``) connect once to a socket of this process, past the
+    engine, which makes a cell three times as fast; ``"attached"`` always speaks by the container's attached stream.
     """
 
     image: str = "rlm-sandbox-runner:0.1"

@@ -7,7 +7,7 @@
 #
 #   scripts/docker_engine.sh          the engine
 #   scripts/docker_engine.sh base     also a base image without a registry (debootstrap); prints its name
-#   scripts/docker_engine.sh ssh      also a server of ssh, which is not started: the tests start one of their own
+#   scripts/docker_engine.sh tests    also what the tests need beside it: ps, openssl, and a server of ssh, which is not started
 set -euo pipefail
 
 BASE_TAG="rlm-sandbox-base:bookworm"
@@ -100,6 +100,10 @@ if [[ "${1:-}" == base ]]; then
     echo "$BASE_TAG"
 fi
 
-if [[ "${1:-}" == ssh && ! -x /usr/sbin/sshd ]]; then
-    install openssh-server openssh-client
+if [[ "${1:-}" == tests ]]; then
+    wanted=()
+    [[ -x /usr/sbin/sshd ]] || wanted+=(openssh-server openssh-client)
+    command -v openssl >/dev/null || wanted+=(openssl)
+    command -v ps >/dev/null || wanted+=(procps)
+    [[ ${#wanted[@]} -eq 0 ]] || install "${wanted[@]}"
 fi

@@ -22,6 +22,7 @@ from rlm_sandbox.options import DockerOptions
 
 _ROOT = Path(__file__).parent.parent
 _IMAGE = _ROOT / "images" / "runner"
+_NO_BASE = "if no registry is in reach, build on another base: make image BASE_IMAGE=... (scripts/docker_engine.sh base makes one)"
 _ENTRY = ["/usr/lib/rlm_python", "-I", "-S", "-c"]
 
 
@@ -35,14 +36,14 @@ def _default_base() -> str:
 
 
 def _fetch_wheels(base: str, folder: Path) -> None:
-    """Wheels of the data variant for the base's Python, with the digests of images/runner/data.txt."""
+    """Wheels of the data variant for the base's Python, of the versions that images/runner/data.txt allows."""
     python = _output("docker", "run", "--rm", "--network", "none", "--entrypoint", "python3", base, "-c",
                      "import sys; print('%d.%d' % sys.version_info[:2])")  # fmt: skip
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]
     command += ["--python-version", python, "--implementation", "cp", "--dest", str(folder)]
     for tag in ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"):
         command += ["--platform", tag]
-    subprocess.run([*command, "--requirement", str(_IMAGE / "data.txt")], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([*command, "--requirement", str(_IMAGE / "data.txt")], check=True, stderr=subprocess.PIPE)
 
 
 def _exported(tag: str) -> bytes:
@@ -98,7 +99,14 @@ def main() -> int:
         for name in ("Dockerfile", "collect.py"):
             (context / name).write_bytes((_IMAGE / name).read_bytes())
         if options.variant == "data":
-            _fetch_wheels(base, context / "wheels")
+            try:
+                _fetch_wheels(base, context / "wheels")
+            except subprocess.CalledProcessError as exc:
+                said = exc.stderr if isinstance(exc.stderr, str) else (exc.stderr or b"").decode("utf-8", "replace")
+                sys.stderr.write(f"{said}fetching the wheels of the data variant failed: {exc.cmd[0]} ... {exc.cmd[-1]}\n")
+                if not options.base:
+                    sys.stderr.write(f"{_NO_BASE}\n")
+                return 1
         for path in (*context.rglob("*"), context):
             os.utime(path, (0, 0))
         command = ["docker", "build", "--quiet", "--network", "none", "--tag", tag]
@@ -112,6 +120,8 @@ def main() -> int:
         command += [part for name, value in given.items() for part in ("--build-arg", f"{name}={value}")]
         command += ["--no-cache"] if options.no_cache else []
         done = subprocess.run([*command, str(context)], check=False)
+    if done.returncode != 0 and not options.base:
+        sys.stderr.write(f"{_NO_BASE}\n")
     if done.returncode == 0:
         sys.stdout.write(f"built {tag} with the guest archive {bundle.digest()}\n")
         files = _exported(tag)

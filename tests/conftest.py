@@ -7,7 +7,7 @@ import platform
 import signal
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -98,13 +98,17 @@ def is_required(name: str) -> bool:
     return name in asked or "all" in asked
 
 
+def skip_unless_required(name: str, message: str) -> NoReturn:
+    """Skip the test; fail it where the environment requires what ``name`` says."""
+    if is_required(name):
+        pytest.fail(f"{message} ({REQUIRE} names {name})")
+    pytest.skip(message)
+
+
 def require_usable(name: str, state: Availability) -> None:
     """Skip where a backend does not work, with the reason; fail where the environment requires it."""
     if not state.usable:
-        message = f"backend {name} is unavailable: {state.reason}; {state.remedy}"
-        if is_required(name):
-            pytest.fail(f"{message} ({REQUIRE} names it)")
-        pytest.skip(message)
+        skip_unless_required(name, f"backend {name} is unavailable: {state.reason}; {state.remedy}")
 
 
 def open_variant(

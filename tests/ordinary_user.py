@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+from .conftest import skip_unless_required
 
 
 def _readable_by_all(path: Path) -> bool:
@@ -24,14 +24,16 @@ def _readable_by_all(path: Path) -> bool:
 def interpreter() -> str:
     """An interpreter from 3.11 on that a user without privileges may run."""
     for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        path = Path(candidate)
+        path = Path(candidate).resolve()  # not by way of an environment, which may lie in a closed directory
         if path.exists() and _readable_by_all(path):
             found = subprocess.run(
-                [candidate, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True
+                [str(path), "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True
             )
             if found.stdout.strip() == "True":
-                return candidate
-    pytest.skip("there is no interpreter from 3.11 on that an ordinary user can execute (home directories are closed)")
+                return str(path)
+    skip_unless_required(
+        "docker", "there is no interpreter from 3.11 on that an ordinary user can execute (home directories are closed)"
+    )
 
 
 @contextmanager

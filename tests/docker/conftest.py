@@ -11,7 +11,7 @@ import pytest
 from rlm_sandbox import BackendUnavailable, REPLProtocol, open_repl
 from rlm_sandbox.registry import load_backend
 
-from ..conftest import REQUIRE, is_required
+from ..conftest import skip_unless_required
 
 #: A loaded engine takes its time.
 pytestmark = pytest.mark.timeout(120)
@@ -28,10 +28,7 @@ def api() -> Iterator[Any]:
     except BackendUnavailable as exc:
         reason, remedy = exc.reason, exc.remedy
     if reason:
-        message = f"backend docker is unavailable: {reason}; {remedy}"
-        if is_required("docker"):
-            pytest.fail(f"{message} ({REQUIRE} names it)")
-        pytest.skip(message)
+        skip_unless_required("docker", f"backend docker is unavailable: {reason}; {remedy}")
     import docker
 
     client = docker.APIClient(version="auto")

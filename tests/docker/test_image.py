@@ -19,6 +19,8 @@ pytest.importorskip("docker", reason="the extra 'docker' is not installed")
 from rlm_sandbox import bundle, open_repl
 from rlm_sandbox.options import DockerOptions
 
+from ..conftest import skip_unless_required
+
 ROOT = Path(__file__).parents[2]
 TAG = "rlm-sandbox-test-image:1"
 
@@ -110,7 +112,7 @@ def test_the_same_inputs_give_the_same_files(api: Any, built: str) -> None:
 def test_the_variant_with_packages(api: Any, built: str) -> None:
     done = _build(built, "--variant", "data")
     if done.returncode != 0 and "pip" in done.stderr:
-        pytest.skip("no package registry is in reach")
+        skip_unless_required("docker", f"no package registry is in reach: {done.stderr[-500:]}")
     assert done.returncode == 0, done.stderr
     with open_repl("docker", options=DockerOptions(image=TAG)) as repl:
         code = "import numpy as np, pandas as pd\nframe = pd.DataFrame({'a': np.arange(4)})\nint(frame['a'].sum()), float((np.eye(3) @ np.ones(3)).sum())"
@@ -123,7 +125,7 @@ def test_the_variant_with_packages(api: Any, built: str) -> None:
 
 def test_a_bill_of_materials(api: Any, built: str, tmp_path: Path) -> None:
     if shutil.which("debsbom", path=str(Path(sys.executable).parent)) is None:
-        pytest.skip("debsbom is not installed (the extra 'dev')")
+        skip_unless_required("docker", "debsbom is not installed (the extra 'dev')")
     done = _build(built, "--sbom", str(tmp_path / "bom"))
     assert done.returncode == 0, done.stderr
     bill = json.loads((tmp_path / "bom.cdx.json").read_text())

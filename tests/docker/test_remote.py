@@ -25,7 +25,7 @@ from rlm_sandbox.backends.docker import volumes
 from rlm_sandbox.options import DockerOptions
 from rlm_sandbox.registry import SessionConfig, load_backend
 
-from ..conftest import REQUIRE, is_required
+from ..conftest import skip_unless_required
 from .conftest import ours, until
 
 SOCKET = "/var/run/docker.sock"
@@ -179,9 +179,7 @@ def over_ssh(api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     """An OpenSSH server with keys of its own, and a client that knows it."""
     sshd = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if sshd is None or os.getuid() != 0:
-        if is_required("ssh"):
-            pytest.fail(f"OpenSSH's sshd is missing, or this is not root ({REQUIRE} names ssh)")
-        pytest.skip("needs OpenSSH's sshd, and root to start it")
+        skip_unless_required("ssh", "needs OpenSSH's sshd, and root to start it")
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True, timeout=60)
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -21,6 +21,7 @@ from rlm_sandbox import BackendUnavailable, SessionClosed, open_repl
 from rlm_sandbox.backends.docker import engine as engines
 from rlm_sandbox.options import DockerOptions
 
+from ..conftest import skip_unless_required
 from .conftest import until
 
 
@@ -61,7 +62,7 @@ class OwnEngine:
 @pytest.fixture
 def own_engine(api: Any, tmp_path: Path) -> Iterator[OwnEngine]:
     if os.geteuid() != 0 or shutil.which("dockerd") is None:
-        pytest.skip("only root can start an engine of its own, where dockerd is installed")
+        skip_unless_required("docker", "only root can start an engine of its own, where dockerd is installed")
     folder = Path("/run") / f"rlm-test-{os.getpid()}"  # a socket's path is short
     folder.mkdir(mode=0o700)
     engine = OwnEngine(folder)
@@ -85,8 +86,9 @@ def own_engine(api: Any, tmp_path: Path) -> Iterator[OwnEngine]:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(240)
-def test_an_engine_that_ends_in_the_middle_of_a_session(own_engine: OwnEngine) -> None:
-    options = DockerOptions(docker_host=own_engine.address)
+@pytest.mark.parametrize("channel", ["auto", "attached"])
+def test_an_engine_that_ends_in_the_middle_of_a_session(own_engine: OwnEngine, channel: Any) -> None:
+    options = DockerOptions(docker_host=own_engine.address, channel=channel)
     repl = open_repl("docker", options=options)
     try:
         assert repl.exec("x = 1").ok

@@ -49,7 +49,11 @@ _END_SECONDS: Final = 10.0
 _BEING_REMOVED: Final = 409
 _REMOVAL_SECONDS: Final = 5
 _NO_ENGINE: Final = "start Docker, or give its address: DockerOptions(docker_host=...) or DOCKER_HOST"
-_BUILD: Final = "build it: make image"
+
+
+def _build(image: str, what: str = "build it") -> str:
+    """The command that builds an image of ours."""
+    return f"{what}: make image VARIANT=data" if image.endswith("-data") else f"{what}: make image"
 
 
 def _start_time(pid: int) -> str:
@@ -94,7 +98,7 @@ def mapped_errors(what: str) -> Iterator[None]:
         yield
     except docker.errors.APIError as exc:
         text = str(exc.explanation or exc)[:300]
-        remedy = _BUILD if isinstance(exc, docker.errors.ImageNotFound) else "see the engine's log; run: rlm-sandbox doctor"
+        remedy = _build("") if isinstance(exc, docker.errors.ImageNotFound) else "see the engine's log; run: rlm-sandbox doctor"
         raise BackendUnavailable(NAME, f"{what} failed ({text})", remedy) from exc
     except (docker.errors.DockerException, requests.exceptions.RequestException, OSError) as exc:
         raise BackendUnavailable(NAME, f"{what} failed: the engine does not answer ({type(exc).__name__})", _NO_ENGINE) from exc
@@ -184,12 +188,12 @@ class Engine:
                 found = self.api.inspect_image(options.image)
         except BackendUnavailable as exc:
             if isinstance(exc.__cause__, docker.errors.ImageNotFound):
-                raise BackendUnavailable(NAME, f"the engine has no image {options.image}", _BUILD) from None
+                raise BackendUnavailable(NAME, f"the engine has no image {options.image}", _build(options.image)) from None
             raise
         labels = found.get("Config", {}).get("Labels") or {}
         if labels.get(GUEST_LABEL) != bundle.digest():
             reason = f"the image {options.image} was built from another version of this package"
-            raise BackendUnavailable(NAME, reason, "build it again: make image")
+            raise BackendUnavailable(NAME, reason, _build(options.image, "build it again"))
         if options.runtime is not None:
             with mapped_errors("asking for the engine's runtimes"):
                 runtimes = self.api.info().get("Runtimes") or {}
