@@ -25,15 +25,15 @@ def interpreter() -> str:
     """An interpreter from 3.11 on that a user without privileges may run."""
     for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         path = Path(candidate).resolve()  # not by way of an environment, which may lie in a closed directory
-        if path.exists() and _readable_by_all(path):
-            found = subprocess.run(
-                [str(path), "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True
-            )
-            if found.stdout.strip() == "True":
-                return str(path)
-    skip_unless_required(
-        "docker", "there is no interpreter from 3.11 on that an ordinary user can execute (home directories are closed)"
-    )
+        if path.exists() and _readable_by_all(path) and _is_new_enough(path):
+            return str(path)
+    message = "there is no interpreter from 3.11 on that an ordinary user can execute (home directories are closed)"
+    return skip_unless_required("jail", message)
+
+
+def _is_new_enough(path: Path) -> bool:
+    found = subprocess.run([path, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True)
+    return found.stdout.strip() == "True"
 
 
 @contextmanager
