@@ -217,7 +217,7 @@ def starts(options: DockerOptions, rounds: int) -> None:
 
 
 def contexts(options: DockerOptions, rounds: int) -> None:
-    """Attaching 100 MB: once per context a file is written, then each session only links and maps it."""
+    """Attaching 100 MB: by sockets its memory file is sent along; on the attached stream a file is written once, and linked."""
     context = Context.from_text("0123456789" * 10_000_000)
     context.memory_file()
     attached = []

@@ -300,4 +300,7 @@ class SupervisedGuest:
 
     def open_context(self, context: Context | DataContext) -> int:
         """See `Guest.open_context`. A description of the session's own: the host's has an offset, which sessions would share."""
-        return os.open(f"/proc/self/fd/{context.memory_file().fd}", os.O_RDONLY | os.O_CLOEXEC)
+        stored = context.memory_file().fd
+        # A worker that kept the descriptor could open it again: not to write its times, nor to lock it for others.
+        os.fchmod(stored, 0o444)
+        return os.open(f"/proc/self/fd/{stored}", os.O_RDONLY | os.O_CLOEXEC)

@@ -115,8 +115,6 @@ class Backing:
     def seal(self, size: int) -> int:
         """Make it ``size`` bytes long and unchangeable. The descriptor, which is the caller's from now on."""
         os.ftruncate(self.fd, size)
-        # Who is given the descriptor opens it again for reading at most: not to write times, nor to lock it for others.
-        os.fchmod(self.fd, 0o444 if self.in_memory else 0o400)
         if self.in_memory:
             fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_WRITE)
             return self.fd

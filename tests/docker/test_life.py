@@ -198,8 +198,23 @@ def test_a_context_by_a_socket_is_the_hosts_own_memory(api: Any) -> None:
             assert repl.exec("ctx.len_chars()").value == "300000"
             assert repl.exec("import os\nos.listdir('/ctx')").value == "[]"
         assert context not in contexts._files
+        # Nobody who keeps the descriptor can open it again to write times, or to lock it.
+        assert os.fstat(context.memory_file().fd).st_mode & 0o777 == 0o444
         assert first.exec("import os\nos._exit(1)").state == "restored"
         assert first.exec("ctx.find('abc')[0]").value == "(0, 3, 'abc')"
+
+
+@pytest.mark.parametrize("options", [DockerOptions(), DockerOptions(channel="attached")], ids=["auto", "attached"])
+def test_a_context_is_mapped_and_not_copied(api: Any, options: DockerOptions) -> None:
+    """Where the worker cannot map it, it decodes a copy, which works as well and costs the memory."""
+    context = Context.from_text("0123456789" * 10_000_000)
+    with open_repl("docker", options=options) as repl:
+        repl.bind("P", context.whole)
+        assert repl.exec("len(P), P[-1]").value == "(100000000, '9')"
+        memory = repl.exec("open('/proc/self/statm').read()").value
+        assert memory is not None
+        resident, shared = (int(field) for field in memory.strip("'").split()[1:3])
+        assert (resident - shared) * os.sysconf("SC_PAGE_SIZE") < 50 << 20
 
 
 def test_a_context_is_one_file_for_all_sessions(api: Any) -> None:
