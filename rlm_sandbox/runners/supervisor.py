@@ -288,7 +288,11 @@ class Supervisor:
     def _accept_standby(self, newborn: Process) -> None:
         """The newborn, which is in a group of its own, is the standby from now on."""
         assert self._worker is not None
-        newborn.signal(signal.SIGSTOP)
+        try:
+            newborn.signal(signal.SIGSTOP)
+        except ProcessLookupError:  # it has died since it said hello, and the worker has waited for it
+            self._fail_ticket("its standby is gone")
+            return
         allow_tasks((newborn.pid, self._worker.pid), 0)
         self._drop_standby()
         self._standby, self._newborn = newborn, None
