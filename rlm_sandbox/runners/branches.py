@@ -203,8 +203,8 @@ class Branch(Supervisor):
         birth = self._births_of.pop(self._standby.pid)
         fds = [data_fd, *([] if self._outputs_sent else self._outputs)]
         try:
-            self._standby.signal(signal.SIGCONT)
             birth.sendmsg([HELLO], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))])
+            self._standby.signal(signal.SIGCONT)  # after it: see `Supervisor._wake_standby`
         except OSError:
             birth.close()
             return False

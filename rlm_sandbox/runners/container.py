@@ -219,7 +219,7 @@ class ContainerSupervisor(supervisor.Supervisor):
         """See `Supervisor._fork_was_refused`: the engine's limit on tasks, say. Seen in /proc, before and after the group is stopped."""
         assert self._worker is not None
         group = self._worker.pid
-        if _group_of(group) != {group}:
+        if self._newborn or _group_of(group) != {group}:
             return False
         os.killpg(group, signal.SIGSTOP)  # a fork that is under way is over now, or begins anew when the worker goes on
         return _group_of(group) == {group}

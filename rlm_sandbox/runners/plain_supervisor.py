@@ -118,6 +118,8 @@ class PlainSupervisor(Supervisor):
             self._accept_standby(ByPid(sender))
         elif text == CANNOT:
             super()._on_birth_word(sender, text)
+            if self._worker and not self._ticket_until:
+                self._sweep({self._worker.pid})  # what it has forked after all
 
     def _register_processes(self, poll: select.poll) -> None:
         if self._worker:  # else nobody takes what it has to say, and it would keep us awake until the host's next order

@@ -226,8 +226,9 @@ class Supervisor:
         assert self._standby is not None
         self._drain_birth()
         try:
-            self._standby.signal(signal.SIGCONT)
+            # In this order: a cell may have made the socket, which the standby shares with it, one that does not wait.
             self._birth.sendmsg([HELLO], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", data_fd))])
+            self._standby.signal(signal.SIGCONT)
         except OSError:
             return False
         self._worker, self._standby = self._standby, None

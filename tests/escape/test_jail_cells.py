@@ -212,6 +212,25 @@ ATTACKS: Final = (
         after=SURVIVED,
     ),
     Attack(
+        "RUN-023", "say that the fork of the standby was refused, when it was not, and go on in the child",
+        "import os, socket, threading\ndef find():\n    for n in (255, *range(3, 64)):\n        try: found = socket.socket(fileno=os.dup(n))\n"
+        "        except OSError: continue\n        if found.type == socket.SOCK_SEQPACKET: return found\n"
+        "birth = find()\nbirth.setblocking(False)\ndef lie():\n    for _ in range(300):\n"
+        "        try: birth.send(b'F')\n        except OSError: pass\n"
+        "os.register_at_fork(after_in_parent=lie)",
+        after=SURVIVED,
+    ),
+    Attack(
+        "RUN-024", "the same, and the child computes instead of greeting",
+        "import os, socket, threading\ndef find():\n    for n in (255, *range(3, 64)):\n        try: found = socket.socket(fileno=os.dup(n))\n"
+        "        except OSError: continue\n        if found.type == socket.SOCK_SEQPACKET: return found\n"
+        "birth = find()\nbirth.setblocking(False)\ndef lie():\n    for _ in range(300):\n"
+        "        try: birth.send(b'F')\n        except OSError: pass\n"
+        "def compute():\n    while True: pass\n"
+        "os.register_at_fork(after_in_parent=lie, after_in_child=compute)",
+        after=SURVIVED,
+    ),
+    Attack(
         "RUN-022", "chain exceptions in a ring and in thousands",
         "e = ValueError()\nfor i in range(3000):\n    n = ValueError(i)\n    n.__cause__, e = e, n\nf = ExceptionGroup('g', [e])\n"
         "for i in range(3000): f = ExceptionGroup('g', [f])\nf.__cause__ = f\nraise f", ("error", "limit"), SURVIVED,
