@@ -215,15 +215,6 @@ class ContainerSupervisor(supervisor.Supervisor):
         before, self._kills = self._kills, self._memory_kills()
         return self._kills > before
 
-    def _fork_was_refused(self) -> bool:
-        """See `Supervisor._fork_was_refused`: the engine's limit on tasks, say. Seen in /proc, before and after the group is stopped."""
-        assert self._worker is not None
-        group = self._worker.pid
-        if self._newborn or _group_of(group) != {group}:
-            return False
-        os.killpg(group, signal.SIGSTOP)  # a fork that is under way is over now, or begins anew when the worker goes on
-        return _group_of(group) == {group}
-
     def _obey(self, message: control.Message, fds: list[int]) -> bool:
         """See `Supervisor._obey`. Signals to the worker, too: the host's user may have no right to send them."""
         if message["op"] != "signal":
@@ -237,21 +228,6 @@ class ContainerSupervisor(supervisor.Supervisor):
         except ProcessLookupError:
             pass  # it died, which is reported
         return True
-
-
-def _group_of(leader: int) -> set[int]:
-    """The processes of a process group, itself included, that have not ended."""
-    found = set()
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    state, _parent, group = file.read(512).rpartition(b")")[2].split()[:3]
-            except (OSError, ValueError):
-                continue  # it has just ended
-            if int(group) == leader and state not in b"ZX":
-                found.add(int(name))
-    return found
 
 
 def _settings() -> control.Message:

@@ -149,10 +149,6 @@ class Supervisor:
         """Whether the kernel has killed something of this session for its memory since this was last asked."""
         return False
 
-    def _fork_was_refused(self) -> bool:
-        """Whether the worker has no child although it was allowed to fork. Where that cannot be seen, its word is not believed."""
-        return False
-
     def _kill_worker(self, process: Process) -> None:
         """Kill a worker and all its children."""
         try:
@@ -277,7 +273,7 @@ class Supervisor:
     def _on_birth_word(self, sender: int, text: bytes) -> None:
         """``text`` of the process ``sender``, as the kernel tells, while a ticket is open."""
         assert self._worker is not None
-        if sender == self._worker.pid and text == CANNOT and (not self._ticket_used or self._fork_was_refused()):
+        if sender == self._worker.pid and text == CANNOT and not self._ticket_used:
             # The kernel refused the fork (memory, tasks). The old standby is of an older state: it goes.
             self._ticket_until = 0.0
             self._drop_standby()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import socket
 import struct
@@ -227,10 +228,19 @@ class Worker:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the kernel sends it when the worker's death orphans our stopped group
         _setpgid(0, 0)
         self._session.after_fork()
-        self._birth.send(HELLO)
+        # The socket is that of every worker of the session: a cell may have made it one that does not wait, or filled it.
+        while True:
+            self._await_birth(select.POLLOUT)
+            with suppress(BlockingIOError):
+                self._birth.send(HELLO)
+                break
         fds: list[int] = []
         while not fds:  # what was meant for the worker before us brings no descriptor
-            text, ancillary, _, _ = self._birth.recvmsg(16, _WAKING_SPACE, _CLOEXEC)
+            self._await_birth(select.POLLIN)
+            try:
+                text, ancillary, _, _ = self._birth.recvmsg(16, _WAKING_SPACE, _CLOEXEC)
+            except BlockingIOError:
+                continue
             if not text:
                 os._exit(0)
             fds = [
@@ -245,6 +255,12 @@ class Worker:
             os.close(fd)
         self._transport.replace(fds[0])
         self._hello()
+
+    def _await_birth(self, event: int) -> None:
+        """Wait until the birth socket takes, or has, something, or has ended."""
+        poll = select.poll()
+        poll.register(self._birth, event)
+        poll.poll()
 
     def _rehearse(self) -> None:
         """Go through the motions of a turn after a fork, between turns: the copy-on-write faults of the next one, some 200

@@ -133,23 +133,6 @@ def test_the_smallest_limit_on_processes_has_room_for_recovery_points(api: Any, 
         assert repl.exec("x").value == "99"
 
 
-@pytest.mark.parametrize("channel", ["auto", "attached"])
-def test_a_cell_that_has_used_up_its_tasks_does_not_lose_what_it_did(api: Any, channel: Any) -> None:
-    """The fork of its standby may then be refused, which is said at once and costs nothing but the recovery point."""
-    fill = (
-        "import os, threading, time\nuntil = time.time() + 0.5\nwhile time.time() < until:\n"
-        "    try: os.waitpid(-1, os.WNOHANG)\n    except OSError: pass\n"
-        "    try: threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n    except RuntimeError: time.sleep(0.01)\n"
-        "x = 'important'"
-    )
-    limits = Limits(processes=8, time_seconds=5.0)
-    with open_repl("docker", limits=limits, options=DockerOptions(channel=channel)) as repl:
-        assert repl.exec("x = 0").ok
-        assert repl.exec(fill).ok
-        following = [repl.exec("x") for _ in range(3)]
-        assert [(result.value, result.state) for result in following] == [("'important'", "kept")] * 3
-
-
 def test_sessions_from_a_pool(api: Any) -> None:
     """A container that waited takes a context and a binding; one that died while it waited is nobody's."""
     from rlm_sandbox import Context
