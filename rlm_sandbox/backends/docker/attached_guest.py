@@ -160,10 +160,12 @@ class AttachedGuest:
         self._order({"op": "fresh" if fresh else "recover", "generation": self._generation})
         carrier.begin_generation(self._generation)
         until = time.monotonic() + RECOVER_SECONDS
-        while True:
-            message = self._receive(max(0.01, until - time.monotonic()))
+        while (left := until - time.monotonic()) > 0:
+            message = self._receive(left)
             if message["op"] == "recovered" and message.get("generation") == self._generation:
                 break  # else a report that crossed the order, or the answer to one whose caller was interrupted
+        else:
+            raise GuestLost("the supervisor did not answer in time")
         carrier.corked = False
         return Recovery("restored" if message["state"] == "restored" else "fresh", death_of(message))
 

@@ -22,7 +22,7 @@ _PROCESSES: Final = 3
 #: Supervisor, relay and the interpreter's own pages; the base that every container has.
 OVERHEAD_MB: Final = 48
 #: Beside the worker's own: the supervisor, the standby, and while the next one is forked that one and those before it that were
-#: killed and are not gone yet. The engine refuses a fork beyond it; a guest that has used up its own is to have a standby, too.
+#: killed and are not gone yet. The engine refuses a fork beyond it: a guest that keeps to its own number always has a standby.
 _TASKS: Final = 5
 #: A named runtime (gVisor's, say) has threads and memory of its own in the container's groups, and about two threads for
 #: each of the guest's. Measured with runsc 20221219: 45 threads and 60 MiB for an idle session.
