@@ -6,6 +6,9 @@ Loaded before confinement: nothing here opens a library later. x86-64 only: the 
 from __future__ import annotations
 
 import ctypes
+import functools
+import gc
+import operator
 import os
 import struct
 from typing import Final
@@ -250,21 +253,32 @@ def fork_with(secret: int) -> int:
     """clone(2) as fork(2) does it, with ``secret`` in the sixth register, which the kernel ignores and a filter can read.
 
     The interpreter's own steps before and after a fork are taken; those of the C library (locks of allocator and streams) are
-    not, so a child of a process with other threads may hang. The lock of the interpreter is held throughout.
+    not, so a child of a process whose other threads are in the C library just then may hang.
     """
     before, parent, child = (
         getattr(ctypes.pythonapi, f"PyOS_{name}") for name in ("BeforeFork", "AfterFork_Parent", "AfterFork_Child")
     )
     call = ctypes.PyDLL(None, use_errno=True).syscall
     call.restype = ctypes.c_long
+    numbers = (_NR_CLONE, _SIGCHLD, 0, 0, 0, 0)
+    clone = functools.partial(call, *map(ctypes.c_long, numbers), ctypes.c_ulong(secret))
+    # No bytecode runs between the call and the steps after it: where another thread has asked for the interpreter's lock, the
+    # next one hands it over and waits until that thread has had it, which in the child there is not. So all is one chain
+    # of functions in C: the call, its answer kept, and the steps that are due by whether that is 0.
+    pids: list[int] = []
+    due = map((parent, child).__getitem__, map(operator.not_, pids))
+    chain = (
+        functools.partial(pids.extend, map(operator.call, (clone,))),
+        functools.partial(next, map(operator.call, due)),
+    )
+    collecting = gc.isenabled()
+    gc.disable()  # what it collects may have finalizers, which are bytecode
     before()
-    arguments = (_NR_CLONE, _SIGCHLD, 0, 0, 0, 0)
-    pid = int(call(*(ctypes.c_long(number) for number in arguments), ctypes.c_ulong(secret)))
-    if pid == 0:
-        child()
-        return 0
+    list(map(operator.call, chain))
     number = ctypes.get_errno()
-    parent()
+    if collecting:
+        gc.enable()
+    (pid,) = pids
     if pid < 0:
         raise OSError(number, f"clone: {os.strerror(number)}")
     return pid

@@ -329,6 +329,17 @@ def test_a_thread_that_outlives_its_cell_calls_nothing_between_cells(repl: REPLP
     assert repl.get("n") == 1
 
 
+@needs(Feature.THREADS)
+def test_threads_that_go_on_cost_the_session_nothing(repl: REPLProtocol) -> None:
+    """Each cell ends with its recovery point made, however busy they are just then."""
+    loops = ("while True:\n        time.sleep(0.001)", "while True:\n        sum(range(1000)); time.sleep(0)")
+    for body in loops:
+        ok(repl.exec(f"import threading, time\ndef loop():\n    {body}\nthreading.Thread(target=loop, daemon=True).start()"))
+    for n in range(12):
+        ok(repl.exec(f"n = {n}"))
+        assert repl.get("n") == n
+
+
 @enforces("wall_seconds")
 def test_functions_that_never_return_cost_a_cell_each_and_not_the_session(open_session: OpenSession) -> None:
     repl = open_session(limits=Limits(wall_seconds=0.4))
