@@ -1,7 +1,7 @@
 """Runs in the build stage: collect what a session needs into one directory, which becomes the whole image.
 
-The interpreter, its standard library, the shared libraries they load, the guest archive unpacked and compiled, the
-packages of a variant, the records of the Debian packages that these files came from (so that scanners know them), and a few
+The interpreter, its standard library, the shared libraries they load, the guest archive unpacked and compiled (what a start
+imports of all that in one file, too), the packages of a variant, the records of the Debian packages that these files came from (so that scanners know them), and a few
 directories. No shell, no package manager, no interpreter but this one. Every file gets the same time, so that the same
 inputs give the same image.
 
@@ -13,10 +13,12 @@ from __future__ import annotations
 import compileall
 import ctypes
 import hashlib
+import importlib.util
 import os
 import py_compile
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import zipfile
@@ -140,10 +142,28 @@ def main() -> None:
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     for folder in (GUEST, PACKAGES, sysconfig.get_path("stdlib").lstrip("/")):
         compileall.compile_dir(target / folder, quiet=2, stripdir=str(target), invalidation_mode=mode, workers=1)
+    write_start_modules(target)
     for folder, folders, files in os.walk(target, topdown=False):
         for name in [*folders, *files]:
             os.utime(os.path.join(folder, name), (TIME, TIME), follow_symlinks=False)
     os.utime(target, (TIME, TIME))
+
+
+def write_start_modules(target: Path) -> None:
+    """The bytecode of what a session's start imports, in one file; runners/start_modules.py of the guest says how and why."""
+    guest = target / GUEST
+    command = [sys.executable, "-I", "-S", "-X", "utf8", str(guest), "modules", str(target / PACKAGES)]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    index, content = [], bytearray()
+    for line in found.splitlines():
+        name, origin, package = line.split("\t")
+        path = f"/{origin.removeprefix(str(target)).lstrip('/')}"
+        code = b""
+        if path.endswith(".py"):
+            code = Path(importlib.util.cache_from_source(f"{target}{path}")).read_bytes()
+        index.append(f"{name}\t{path}\t{package}\t{len(content)}\t{len(code)}\n")
+        content += code
+    (guest / "start_modules").write_bytes("".join(index).encode() + b"\n" + content)
 
 
 def unpacked(wheel: Path, target: Path) -> list[str]:

@@ -1,10 +1,33 @@
-"""Entry point of the guest archive: ``python ARCHIVE launcher|zygote|inputs|libraries|container|check|plain``. Becomes its ``__main__.py``."""
+"""Entry point of the guest archive, of which it becomes the ``__main__.py``.
+
+``python ARCHIVE launcher|zygote|inputs|libraries|container|check|modules|plain``
+"""
 
 from __future__ import annotations
 
 import importlib
-import json
 import sys
+
+TYPE_CHECKING = False  # see `start_modules`: nothing is imported before its file is open that need not be
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def _be_container(program: str, arguments: list[str]) -> int:
+    start_modules: Any = importlib.import_module("rlm_guest.runners.start_modules")
+    with start_modules.InOneFile(f"{__file__.rpartition('/')[0]}/{start_modules.FILE_NAME}"):
+        mapped_text: Any = importlib.import_module("rlm_guest.runners.mapped_text")
+        test = mapped_text.begin_self_test()  # in a child, beside all that follows
+        container: Any = importlib.import_module("rlm_guest.runners.container")
+        container.preload(*(arguments if program == "modules" else ()))
+    if program == "check":
+        return int(container.check(test))
+    if program == "modules":
+        sys.stdout.write(start_modules.listing())
+        return 0
+    if arguments in ([], ["sockets"]):
+        container.main(test, sockets=bool(arguments))
+    return 2
 
 
 def main() -> int:
@@ -21,19 +44,15 @@ def main() -> int:
         inputs = importlib.import_module("rlm_guest.runners.inputs")
         return int(inputs.main(*map(int, numbers)))
     if program == "libraries":
+        json = importlib.import_module("json")
         tree = importlib.import_module("rlm_guest.confine.tree")
         sys.stdout.write(json.dumps(tree.libraries_found()))
         return 0
-    if program == "container":
-        container = importlib.import_module("rlm_guest.runners.container")
-        if numbers in ([], ["sockets"]):
-            container.main(sockets=bool(numbers))
+    if program in ("container", "check", "modules"):
+        return _be_container(program, numbers)
     if program == "plain":
         plain = importlib.import_module("rlm_guest.runners.plain_child")
         return int(plain.main(*map(int, numbers)))
-    if program == "check":
-        container = importlib.import_module("rlm_guest.runners.container")
-        return int(container.check())
     return 2
 
 

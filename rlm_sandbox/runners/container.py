@@ -32,7 +32,7 @@ from .preloaded import PRELOADED
 from .processes import ByPid, ByPidfd, Process
 from .zygote import ARENAS, own_sizes
 
-__all__ = ("CANNOT_CONNECT", "CONTEXTS", "HOST_SOCKET", "check", "main")
+__all__ = ("CANNOT_CONNECT", "CONTEXTS", "HOST_SOCKET", "check", "main", "preload")
 
 #: Where the host puts its socket, or hard-links the contexts of this session; a read-only mount.
 CONTEXTS: Final = "/ctx"
@@ -284,22 +284,21 @@ def _is_plain(permitted: bool) -> bool:
     return lacking
 
 
-def _preload() -> None:
-    """Import what sessions share, and the packages of the image's variant."""
+def preload(packages: str = PACKAGES) -> None:
+    """Import what sessions share, and the packages of the image's variant, which are in that directory."""
     names = list(PRELOADED)
-    if os.path.isdir(PACKAGES):
-        sys.path.append(PACKAGES)
+    if os.path.isdir(packages):
+        sys.path.append(packages)
         # With threads of their own their matrix products could hang in a forked worker. It is read when they are loaded.
         os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-        names += [name for name in _VARIANT_PACKAGES if os.path.isdir(f"{PACKAGES}/{name}")]
+        names += [name for name in _VARIANT_PACKAGES if os.path.isdir(f"{packages}/{name}")]
     for name in names:
         importlib.import_module(name)
 
 
-def check() -> int:
+def check(self_test: int) -> int:
     """The image's self-check, for operators: says what a session would find here, and fails if it would not start."""
-    _preload()
-    worker.prepare()
+    worker.prepare(self_test)
     plain = _is_plain(permitted=True)
     found = {
         "python": ".".join(map(str, sys.version_info[:3])),
@@ -312,11 +311,13 @@ def check() -> int:
     return 0 if os.getuid() != 0 else 1
 
 
-def main(*, sockets: bool) -> NoReturn:
-    """Be the session: does not return before it is over. ``sockets``: which way to the host is taken, see the module."""
+def main(self_test: int, *, sockets: bool) -> NoReturn:
+    """Be the session: does not return before it is over.
+
+    ``self_test``: the process of `mapped_text.begin_self_test`; ``sockets``: which way to the host is taken, see the module.
+    """
     raw.limit_malloc_arenas(ARENAS)
-    _preload()
-    worker.prepare()
+    worker.prepare(self_test)
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     sizes = own_sizes(proc)
     os.close(proc)

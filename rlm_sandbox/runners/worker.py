@@ -293,17 +293,13 @@ _setpgid: Final = os.setpgid
 MAPPED = False
 
 
-def prepare() -> None:
-    """In the zygote: decide, in a throw-away child, whether contexts can be mapped as a ``str``."""
+def prepare(self_test: int | None = None) -> None:
+    """In the zygote: decide, in a throw-away child, whether contexts can be mapped as a ``str``.
+
+    ``self_test``: the process of `mapped_text.begin_self_test`, where that has been called already.
+    """
     global MAPPED
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os._exit(0 if mapped_text.self_test() else 1)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    MAPPED = status == 0
+    MAPPED = mapped_text.end_self_test(mapped_text.begin_self_test() if self_test is None else self_test)
 
 
 def main(data_fd: int, birth: socket.socket, generation: int, fork: Callable[[socket.socket], int] | None = None) -> NoReturn:

@@ -97,6 +97,34 @@ def test_the_self_check(api: Any, runtime: str | None) -> None:
     assert ("no seccomp" in found["supervision"]) == (runtime == "runsc")
 
 
+#: In the image: the one file of what a start imports has the files of bytecode of the others.
+_COMPARE = """
+import importlib.util
+content = open("/usr/lib/rlm_guest/start_modules", "rb").read()
+index, _, code = content.partition(b"\\n\\n")
+for line in index.decode().splitlines():
+    name, path, package, begin, size = line.split("\\t")
+    if size == "0":
+        assert ".so" in path and open(path, "rb").read(1), name
+    else:
+        expected = open(importlib.util.cache_from_source(path), "rb").read()
+        assert code[int(begin) : int(begin) + int(size)] == expected, name
+    print(name, path, package, sep="\\t")
+"""
+
+
+def test_what_a_start_imports_is_in_one_file(api: Any) -> None:
+    def run(*words: str) -> list[str]:
+        command = ["docker", "run", "--rm", "--network", "none", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+
+    image = DockerOptions().image
+    imported = run(image, "modules")
+    stored = run("--entrypoint", "/usr/lib/rlm_python", image, "-I", "-S", "-X", "utf8", "-c", _COMPARE)
+    assert set(stored) == set(imported)
+    assert any(line.startswith("rlm_guest.runners.worker\t/usr/lib/rlm_guest/") for line in stored)
+
+
 @pytest.mark.timeout(300)
 def test_the_same_inputs_give_the_same_files(api: Any, built: str) -> None:
     layers = []
