@@ -262,18 +262,19 @@ def fork_with(secret: int) -> int:
     call.restype = ctypes.c_long
     numbers = (_NR_CLONE, _SIGCHLD, 0, 0, 0, 0)
     clone = functools.partial(call, *map(ctypes.c_long, numbers), ctypes.c_ulong(secret))
-    # No bytecode runs between the call and the steps after it: where another thread has asked for the interpreter's lock, the
-    # next one hands it over and waits until that thread has had it, which in the child there is not. So all is one chain
-    # of functions in C: the call, its answer kept, and the steps that are due by whether that is 0.
+    # No bytecode runs from the end of the steps before to the end of those after it: where another thread has asked for the
+    # interpreter's lock, the next one would hand it over and wait until that thread has had it, which in the child there is not,
+    # and which the locks that are held meanwhile may keep the parent's from. So all is one chain of functions in C: the call,
+    # its answer kept, and the steps that are due by whether that is 0.
     pids: list[int] = []
     due = map((parent, child).__getitem__, map(operator.not_, pids))
     chain = (
+        before,
         functools.partial(pids.extend, map(operator.call, (clone,))),
         functools.partial(next, map(operator.call, due)),
     )
     collecting = gc.isenabled()
     gc.disable()  # what it collects may have finalizers, which are bytecode
-    before()
     list(map(operator.call, chain))
     number = ctypes.get_errno()
     if collecting:

@@ -22,6 +22,7 @@ from ..confine.steps import confine_plain_worker, seal_worker
 from ..wire import control
 from .processes import ByPid, Process
 from .supervisor import CANNOT, HELLO, LISTENER, Supervisor
+from .worker import await_birth
 
 __all__ = ("PlainSupervisor", "fork_standby")
 
@@ -31,7 +32,8 @@ _SWEEP_SECONDS: Final = 2.0
 
 
 def fork_standby(birth: socket.socket) -> int:
-    """In the worker: fork with the secret that the supervisor has sent for this once."""
+    """In the worker: fork with the secret that the supervisor has sent for this once, or is about to send."""
+    await_birth(birth, select.POLLIN)
     return raw.fork_with(int.from_bytes(birth.recv(_SECRET_BYTES), "big"))
 
 
@@ -76,8 +78,9 @@ class PlainSupervisor(Supervisor):
             pass
         self._sweep(set())
 
-    def _sweep(self, living: set[int]) -> None:
-        """Kill every process of the container that is not ours, one of ``living``, or the standby."""
+    def _sweep(self, living: set[int]) -> bool:
+        """Kill every process of the container that is not ours, one of ``living``, or the standby. Whether there was one."""
+        any_killed = False
         until = time.monotonic() + _SWEEP_SECONDS
         spared = self._spared | living | ({self._standby.pid} if self._standby else set())
         while True:
@@ -87,13 +90,13 @@ class PlainSupervisor(Supervisor):
             left = False
             for pid in found:
                 if not _is_zombie(pid):
-                    left = True
+                    left = any_killed = True
                     try:
                         os.kill(pid, signal.SIGKILL)
                     except ProcessLookupError:
                         pass
             if not left:
-                return
+                return any_killed
             if time.monotonic() > until:
                 os._exit(1)
 
@@ -111,6 +114,14 @@ class PlainSupervisor(Supervisor):
                 self._birth.send(self._secret.to_bytes(_SECRET_BYTES, "big"))
             except OSError:
                 self._fail_ticket("the worker flooded its supervisor")
+
+    def _end_ticket(self) -> None:
+        """See `Supervisor._end_ticket`. A child that hangs was forked while a thread of a cell was in the C library: it is not the
+        worker's doing, which goes on without it."""
+        if self._worker and self._sweep({self._worker.pid}):
+            self._leave_unprotected()
+        else:
+            super()._end_ticket()
 
     def _on_birth_word(self, sender: int, text: bytes) -> None:
         known = [process.pid for process in (self._worker, self._standby) if process]

@@ -250,6 +250,18 @@ class Supervisor:
                 return False
         return False
 
+    def _end_ticket(self) -> None:
+        """There is no standby, and its time is over."""
+        self._fail_ticket("no standby within its time")
+
+    def _leave_unprotected(self) -> None:
+        """The worker goes on without a standby. The one that there may be is of an older state: it goes."""
+        assert self._worker is not None
+        self._ticket_until = 0.0
+        self._drop_standby()
+        self._worker.signal(signal.SIGSTOP)
+        control.send(self._host, {"op": "unprotected"})
+
     def _fail_ticket(self, why: str) -> None:
         """The worker broke the rules of the ticket (it forged the end of its cell, say): kill it. An older standby stays."""
         self._ticket_until = 0.0
@@ -274,11 +286,7 @@ class Supervisor:
         """``text`` of the process ``sender``, as the kernel tells, while a ticket is open."""
         assert self._worker is not None
         if sender == self._worker.pid and text == CANNOT and not self._ticket_used:
-            # The kernel refused the fork (memory, tasks). The old standby is of an older state: it goes.
-            self._ticket_until = 0.0
-            self._drop_standby()
-            self._worker.signal(signal.SIGSTOP)
-            control.send(self._host, {"op": "unprotected"})
+            self._leave_unprotected()  # the kernel refused the fork (memory, tasks)
         elif self._newborn and sender == self._newborn.pid and text == HELLO:
             self._accept_standby(self._newborn)
 
@@ -358,7 +366,7 @@ class Supervisor:
         if self._host.fileno() in ready:
             return self.on_order()
         if self._ticket_until and now >= self._ticket_until:
-            self._fail_ticket("no standby within its time")
+            self._end_ticket()
             return True
         if self._ticket_until:
             for birth in self._births():

@@ -28,7 +28,7 @@ from . import mapped_text
 from .output import CellOutput
 from .session import GuestSession
 
-__all__ = ("Worker", "main", "prepare")
+__all__ = ("Worker", "await_birth", "main", "prepare")
 
 #: The guest is the receiving end of the host's caps, so it needs none of its own beyond its memory.
 _MAX_FRAME: Final = 1 << 40
@@ -230,13 +230,13 @@ class Worker:
         self._session.after_fork()
         # The socket is that of every worker of the session: a cell may have made it one that does not wait, or filled it.
         while True:
-            self._await_birth(select.POLLOUT)
+            await_birth(self._birth, select.POLLOUT)
             with suppress(BlockingIOError):
                 self._birth.send(HELLO)
                 break
         fds: list[int] = []
         while not fds:  # what was meant for the worker before us brings no descriptor
-            self._await_birth(select.POLLIN)
+            await_birth(self._birth, select.POLLIN)
             try:
                 text, ancillary, _, _ = self._birth.recvmsg(16, _WAKING_SPACE, _CLOEXEC)
             except BlockingIOError:
@@ -255,12 +255,6 @@ class Worker:
             os.close(fd)
         self._transport.replace(fds[0])
         self._hello()
-
-    def _await_birth(self, event: int) -> None:
-        """Wait until the birth socket takes, or has, something, or has ended."""
-        poll = select.poll()
-        poll.register(self._birth, event)
-        poll.poll()
 
     def _rehearse(self) -> None:
         """Go through the motions of a turn after a fork, between turns: the copy-on-write faults of the next one, some 200
@@ -288,6 +282,14 @@ class Worker:
 # Taken now, so that a cell that replaces them in ``os`` for its own ends does not cost itself its standby.
 _fork: Final = os.fork
 _setpgid: Final = os.setpgid
+
+
+def await_birth(birth: socket.socket, event: int) -> None:
+    """Wait until the birth socket takes, or has, something, or has ended: a cell may have made it one that does not wait."""
+    poll = select.poll()
+    poll.register(birth, event)
+    poll.poll()
+
 
 #: Set once, in the zygote: whether a mapped text passes the interpreter's self-test.
 MAPPED = False

@@ -133,6 +133,23 @@ def test_the_smallest_limit_on_processes_has_room_for_recovery_points(api: Any, 
         assert repl.exec("x").value == "99"
 
 
+def test_a_standby_that_hangs_costs_no_state(api: Any) -> None:
+    """On gVisor a thread in the C library may make it hang when it is forked; here the session itself does."""
+    with open_repl("docker", options=DockerOptions(runtime="runsc")) as repl:
+        assert repl.exec("x = 41").ok
+        assert repl.exec(
+            "import os, time\nhang = True\ndef wait():\n    while hang: time.sleep(0.1)\nos.register_at_fork(after_in_child=wait)"
+        ).ok
+        result = repl.exec("x += 1")
+        assert (result.outcome, result.state, result.protected) == ("ok", "kept", False)
+        assert repl.get("x") == 42
+        result = repl.exec("hang = False")
+        assert (result.outcome, result.state) == ("ok", "kept")
+        assert repl.exec("os._exit(1)").state == "restored"
+        result = repl.exec("x, hang")
+        assert (result.value, result.protected) == ("(42, False)", True)
+
+
 def test_sessions_from_a_pool(api: Any) -> None:
     """A container that waited takes a context and a binding; one that died while it waited is nobody's."""
     from rlm_sandbox import Context
