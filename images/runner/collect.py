@@ -1,9 +1,9 @@
 """Runs in the build stage: collect what a session needs into one directory, which becomes the whole image.
 
-The interpreter, its standard library, the shared libraries they load, the guest archive unpacked and compiled (what a start
-imports of all that in one file, too), the packages of a variant, the records of the Debian packages that these files came from (so that scanners know them), and a few
-directories. No shell, no package manager, no interpreter but this one. Every file gets the same time, so that the same
-inputs give the same image.
+The interpreter, its standard library, the shared libraries they load, the guest archive unpacked and compiled, the
+packages of a variant, what a start imports of all that once more in one file, the records of the Debian packages that these
+files came from (so that scanners know them), and a few directories. No shell, no package manager, no interpreter but this one.
+Every file gets the same time, so that the same inputs give the same image.
 
     python3 -I collect.py GUEST_DIGEST TARGET
 """
